@@ -1,0 +1,154 @@
+// The Python module goslet._native. Only checks and conversions live here; no other file includes Python's headers.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "nibbles.h"
+#include "state_buffer.h"
+#include "vocabulary_trie.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using goslet::StateBuffer;
+using goslet::VocabularyTrie;
+
+// A float32 view of one tensor whose base is the buffer object, which therefore outlives it.
+py::array tensor_view(const py::object& owner, std::size_t index) {
+    auto& buffer = owner.cast<StateBuffer&>();
+    if (index >= buffer.layout().size()) {
+        throw py::index_error("the state has " + std::to_string(buffer.layout().size()) + " tensors, not a number " +
+                              std::to_string(index));
+    }
+    const std::vector<std::size_t>& shape = buffer.layout()[index].shape;
+    return py::array_t<float>(std::vector<py::ssize_t>(shape.begin(), shape.end()), buffer.tensor(index), owner);
+}
+
+void register_state_buffer(py::module_& module) {
+    py::class_<StateBuffer>(module, "StateBuffer", py::buffer_protocol(),
+                            "One state: float32 tensors in a single 64-byte-aligned allocation that never moves.")
+        .def(py::init([](const std::vector<std::vector<std::size_t>>& shapes, const std::vector<float>& inits) {
+                 if (shapes.size() != inits.size()) {
+                     throw std::invalid_argument("there are " + std::to_string(shapes.size()) + " shapes and " +
+                                                 std::to_string(inits.size()) + " initial values");
+                 }
+                 std::vector<goslet::StateTensorLayout> layout;
+                 layout.reserve(shapes.size());
+                 for (std::size_t index = 0; index < shapes.size(); ++index) {
+                     layout.push_back({shapes[index], inits[index]});
+                 }
+                 const py::gil_scoped_release release;
+                 return std::make_unique<StateBuffer>(std::move(layout));
+             }),
+             "shapes"_a, "inits"_a)
+        .def_buffer([](StateBuffer& buffer) {
+            return py::buffer_info(buffer.data(), static_cast<py::ssize_t>(buffer.size_bytes() / sizeof(float)));
+        })
+        .def_property_readonly("size_bytes", &StateBuffer::size_bytes)
+        .def_property_readonly("n_tensors", [](const StateBuffer& buffer) { return buffer.layout().size(); })
+        .def("tensor", &tensor_view, "index"_a)
+        .def("reset", &StateBuffer::reset, py::call_guard<py::gil_scoped_release>())
+        .def("copy_from", &StateBuffer::copy_from, "other"_a, py::call_guard<py::gil_scoped_release>())
+        .def("clone", &StateBuffer::clone, py::call_guard<py::gil_scoped_release>());
+}
+
+std::string_view contiguous_bytes(const py::buffer_info& info) {
+    if (info.ndim != 1 || info.itemsize != 1 || (info.size > 0 && info.strides[0] != 1)) {
+        throw std::invalid_argument("expected one contiguous row of bytes");
+    }
+    return {static_cast<const char*>(info.ptr), static_cast<std::size_t>(info.size)};
+}
+
+void register_vocabulary_trie(py::module_& module) {
+    py::class_<VocabularyTrie>(module, "VocabularyTrie", "Greedy longest match over a vocabulary of byte strings.")
+        .def(py::init([](std::uint32_t vocab_size, const std::vector<std::pair<std::uint32_t, py::bytes>>& entries) {
+                 std::vector<VocabularyTrie::Entry> copied;
+                 copied.reserve(entries.size());
+                 for (const auto& [id, bytes] : entries) {
+                     copied.emplace_back(id, std::string(bytes));
+                 }
+                 const py::gil_scoped_release release;
+                 return VocabularyTrie(vocab_size, copied);
+             }),
+             "vocab_size"_a, "entries"_a)
+        .def_static(
+            "from_blob",
+            [](const py::buffer& blob) {
+                const py::buffer_info info = blob.request();
+                const std::string_view bytes = contiguous_bytes(info);
+                const py::gil_scoped_release release;
+                return VocabularyTrie::from_blob(bytes);
+            },
+            "blob"_a)
+        .def("to_blob", [](const VocabularyTrie& trie) { return py::bytes(trie.to_blob()); })
+        .def_property_readonly("vocab_size", &VocabularyTrie::vocab_size)
+        .def_property_readonly("n_entries", &VocabularyTrie::n_entries)
+        .def(
+            "encode",
+            [](const VocabularyTrie& trie, const py::bytes& text) {
+                const std::string_view bytes = text;
+                VocabularyTrie::Encoding encoding;
+                {
+                    const py::gil_scoped_release release;
+                    encoding = trie.encode(bytes);
+                }
+                return std::make_pair(std::move(encoding.ids), encoding.matched_bytes);
+            },
+            "text"_a)
+        .def(
+            "decode",
+            [](const VocabularyTrie& trie, const std::vector<std::uint32_t>& ids) {
+                return py::bytes(trie.decode(ids));
+            },
+            "ids"_a)
+        .def(
+            "token_bytes", [](const VocabularyTrie& trie, std::uint32_t id) { return py::bytes(trie.token_bytes(id)); },
+            "id"_a);
+}
+
+py::array_t<std::uint8_t> transpose_int4(const py::array_t<std::uint8_t, py::array::c_style>& rows, std::size_t k) {
+    if (rows.ndim() != 2) {
+        throw std::invalid_argument("rows must have 2 dimensions, not " + std::to_string(rows.ndim()));
+    }
+    const auto n = static_cast<std::size_t>(rows.shape(0));
+    const auto row_bytes = static_cast<std::size_t>(rows.shape(1));
+    if (row_bytes != goslet::nibble_bytes(k)) {
+        throw std::invalid_argument("rows of " + std::to_string(k) + " nibbles take " +
+                                    std::to_string(goslet::nibble_bytes(k)) + " bytes, not " +
+                                    std::to_string(row_bytes));
+    }
+    // No overflow: rows already holds n * nibble_bytes(k) bytes, at least half of this many nibbles.
+    const std::size_t out_bytes = goslet::nibble_bytes(n * k);
+    py::array_t<std::uint8_t> out(static_cast<py::ssize_t>(out_bytes));
+    const std::uint8_t* const from = rows.data();
+    std::uint8_t* const to = out.mutable_data();
+    {
+        const py::gil_scoped_release release;
+        goslet::transpose_int4(from, n, k, to);
+    }
+    return out;
+}
+
+void register_nibbles(py::module_& module) {
+    module.def("transpose_int4", &transpose_int4, py::arg("rows").noconvert(), "k"_a,
+               "Packed [n, ceil(k / 2)] rows of nibbles to the packed [k, n] matrix; low nibble first.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The C++ parts of goslet; use them through goslet's own classes.";
+    register_state_buffer(module);
+    register_vocabulary_trie(module);
+    register_nibbles(module);
+}

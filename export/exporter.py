@@ -1,0 +1,174 @@
+"""From a checkpoint to an engine file: read, trace, quantize, write."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import __version__
+from ..container import check_output
+from ..enginefile import EngineFile, TensorSource, write_engine
+from ..spec import EMBEDDING, ModelSpec
+from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
+from ..weights import EncodedWeight, WeightFormat, encode
+from .checkpoint import Checkpoint, open_checkpoint
+from .graph import OPSET, check_graph, trace_step
+from .models.blocks import TensorRule
+from .onnxfile import write_onnx
+from .quantize import Recipe, recipe
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        path: the engine file.
+        size_bytes: its size.
+        bits_per_weight: bits of the weights section per number of the model, scales included.
+        model_id: the model's id.
+        spec: the model's dimensions.
+        tokenizer_kind: ``world``, ``hf``, ``bytes`` or None.
+        duration_s: seconds that the export took.
+    """
+
+    path: Path
+    size_bytes: int
+    bits_per_weight: float
+    model_id: str
+    spec: ModelSpec
+    tokenizer_kind: str | None
+    duration_s: float
+
+
+def export_engine(
+    checkpoint: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    quant: str | Recipe = "int8",
+    group: int = 32,
+    tokenizer: str | os.PathLike[str] | None = None,
+    norm_eps: float | None = None,
+    onnx: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Compile a checkpoint into an engine file, which appears whole or not at all.
+
+    Args:
+        checkpoint: an RWKV-7 ``.pth`` or ``.safetensors`` file.
+        path: the engine file to write.
+        quant: f32, f16, bf16, int8 or int4, or a recipe of one's own.
+        group: weights that share a scale, 32, 64 or 128; for int8 and int4.
+        tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means bytes
+            for a vocabulary of 256, and for any other an engine that takes and gives token ids only.
+        norm_eps: eps of the per-head group norm; None is the version's own.
+        onnx: write also a self-contained ONNX model that takes a token, here.
+        overwrite: replace files that exist.
+        progress: called with a stage's name, the work done and all of it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or is not a known model.
+        TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
+        QuantizationError: the recipe cannot be applied.
+        OutputError: an output exists and `overwrite` is false, or cannot be written.
+    """
+    start_s = time.monotonic()
+    report_progress = progress or (lambda stage, done, total: None)
+    outputs = [path] if onnx is None else [path, onnx]
+    for output in outputs:
+        check_output(output, overwrite)
+    chosen = recipe(quant, group) if isinstance(quant, str) else quant
+    with open_checkpoint(checkpoint, norm_eps=norm_eps) as source:
+        spec, version = source.spec, source.version
+        vocabulary = _tokenizer(tokenizer, spec.vocab_size)
+        state_spec = version.state_spec(spec)
+        formats = {
+            rule.name: chosen.format_of(rule) for rule in source.rules if rule.name not in version.folded(spec)
+        }
+        report_progress("tracing", 0, 1)
+        graph = trace_step(
+            version, spec, state_spec, {name: chosen for name, chosen in formats.items() if name != EMBEDDING}
+        )
+        check_graph(graph)
+        report_progress("tracing", 1, 1)
+        report_progress("hashing", 0, 1)
+        model_id = source.model_id()
+        report_progress("hashing", 1, 1)
+        write_engine(
+            path,
+            spec=spec,
+            state_spec=state_spec,
+            model_id=model_id,
+            graph=graph.SerializeToString(deterministic=True),
+            graph_info={"format": "onnx", "opset": OPSET},
+            tensors=_tensors(source, formats, report_progress),
+            program=None,
+            tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
+            provenance={
+                "goslet": __version__,
+                "source": source.path.name,
+                "source_format": source.format,
+                "recipe": chosen.to_json(),
+            },
+            overwrite=overwrite,
+        )
+    with EngineFile.open(path) as engine:
+        if onnx is not None:
+            report_progress("writing ONNX", 0, 1)
+            write_onnx(engine, onnx, overwrite=overwrite)
+            report_progress("writing ONNX", 1, 1)
+        return ExportReport(
+            path=Path(path),
+            size_bytes=engine.size_bytes,
+            bits_per_weight=engine.bits_per_weight,
+            model_id=model_id,
+            spec=spec,
+            tokenizer_kind=engine.tokenizer_kind,
+            duration_s=time.monotonic() - start_s,
+        )
+
+
+def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:
+    if choice is None:
+        return load_tokenizer("bytes", b"") if vocab_size == 256 else None
+    if choice == "bytes":
+        vocabulary = load_tokenizer("bytes", b"")
+    elif choice == "world":
+        vocabulary = world_tokenizer()
+    else:
+        vocabulary = tokenizer_from_file(choice)
+    check_fits(vocabulary, vocab_size)
+    return vocabulary
+
+
+def _tensors(
+    source: Checkpoint, formats: dict[str, WeightFormat], report_progress: Progress
+) -> list[TensorSource]:
+    rules = [rule for rule in source.rules if rule.name in formats]
+    done = iter(range(1, len(rules) + 1))
+
+    def encoded(rule: TensorRule) -> EncodedWeight:
+        tensor = _embedding(source) if rule.name == EMBEDDING else source.stored(rule)
+        weight = encode(tensor.numpy(), formats[rule.name], rule.name)
+        report_progress("quantizing", next(done), len(rules))
+        return weight
+
+    return [
+        TensorSource(rule.name, formats[rule.name], rule.stored_shape, lambda rule=rule: encoded(rule))  # type: ignore[misc]
+        for rule in rules
+    ]
+
+
+def _embedding(source: Checkpoint) -> Tensor:
+    needed = source.version.folded(source.spec) | {EMBEDDING}
+    return source.version.fold_embedding(
+        {rule.name: source.stored(rule) for rule in source.rules if rule.name in needed}, source.spec
+    )

@@ -1,0 +1,144 @@
+"""The ONNX Runtime backend: runs the step graph as it is. Portable, and the oracle for faster backends.
+
+A state output must not be bound onto its own input (a norm writes the new shift before the old one is read), so
+every session has two state buffers and two bindings, which take turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError, BackendUnavailableError, DependencyError
+from ..initializers import graph_initializers
+from ..spec import EMBEDDING
+from ..state import State
+from ..weights import EncodedWeight, decode_rows
+from . import Backend, Stepper
+
+if TYPE_CHECKING:
+    from ..enginefile import EngineFile
+
+# int8 activations: without it MatMulNBits with int8 weights runs at one token a second, and int4 no faster than float32.
+ACCURACY_LEVEL = "4"
+
+
+class OrtBackend(Backend):
+    """ONNX Runtime's CPU provider on an engine's step graph.
+
+    Args:
+        file: the opened engine; its weights are unpacked to ONNX's layout once, here.
+        threads: ONNX Runtime's intra-op threads; None lets it choose.
+
+    Raises:
+        DependencyError: onnxruntime is not installed.
+        BackendUnavailableError: the installed onnxruntime is too old.
+        BackendError: ONNX Runtime refuses the graph.
+    """
+
+    name = "ort"
+    in_place = False
+
+    def __init__(self, file: EngineFile, threads: int | None = None) -> None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise DependencyError(
+                "the ort backend needs ONNX Runtime", place="backend ort", remedy="pip install 'goslet[ort]'"
+            )
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+            raise BackendUnavailableError(
+                "the installed ONNX Runtime is too old",
+                place="backend ort",
+                expected="a version that takes weights from memory (1.32 does)",
+                found=onnxruntime.__version__,
+                remedy="pip install -U onnxruntime",
+            )
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
+        # ONNX Runtime copies what it needs while the session is created; the buffers must live until then.
+        initializers = graph_initializers(file)
+        options.add_external_initializers_from_files_in_memory(
+            list(initializers), list(initializers.values()), [buffer.nbytes for buffer in initializers.values()]
+        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                bytes(file.graph_bytes), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+            raise BackendError(
+                f"ONNX Runtime refuses the graph: {_first_line(error)}",
+                file=file.path,
+                place="section graph",
+                remedy="export the engine again, or use the onnxruntime version that goslet's tools pin",
+            ) from error
+        finally:
+            initializers.clear()
+        self._embedding = file.weight(EMBEDDING)
+        self._vocab_size = file.spec.vocab_size
+        self._n_embd = file.spec.n_embd
+
+    def stepper(self, state: State) -> Stepper:
+        """A stepper with one binding for each direction between `state`'s two buffers."""
+        return _OrtStepper(self._session, self._embedding, self._n_embd, self._vocab_size, state)
+
+
+class _OrtStepper(Stepper):
+    def __init__(
+        self, session: Any, embedding: EncodedWeight, n_embd: int, vocab_size: int, state: State
+    ) -> None:
+        self._session = session
+        self._embedding = embedding
+        self._state = state
+        self._x = np.zeros((1, n_embd), np.float32)
+        self._logits = np.zeros((1, vocab_size), np.float32)
+        front, back = state.front, state.back
+        self._bindings = {
+            _address(front): self._binding(front, back),
+            _address(back): self._binding(back, front),
+        }
+
+    def _binding(self, source: Mapping[str, NDArray[np.float32]], target: Mapping[str, NDArray[np.float32]]) -> Any:
+        binding = self._session.io_binding()
+        inputs = {"x": self._x, **{f"state_in.{name}": view[None] for name, view in source.items()}}
+        outputs = {"logits": self._logits, **{f"state_out.{name}": view[None] for name, view in target.items()}}
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        return binding
+
+    def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        every = len(logits) == len(tokens)
+        for index in range(len(tokens)):
+            self._x[:] = decode_rows(self._embedding, tokens[index : index + 1])
+            try:
+                self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
+            except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+                raise BackendError(
+                    f"ONNX Runtime failed: {_first_line(error)}",
+                    place=f"token {index} of this feed",
+                    remedy="the session's state is as it was before this token",
+                ) from error
+            self._state.swap()
+            self._state.tokens_seen += 1
+            if every:
+                logits[index] = self._logits[0]
+        if not every:
+            logits[0] = self._logits[0]
+
+
+def _address(tensors: Mapping[str, NDArray[np.float32]]) -> int:
+    return next(iter(tensors.values())).ctypes.data
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,152 @@
+"""The command ``goslet``: reads the command line, runs one command, and turns every failure into one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .commands import bench, chat, demo, evaluate, export, inspect, run, verify
+from .commands.console import Console
+from .commands.flags import UsageError
+from .errors import GosletError
+
+COMMANDS = (export, run, chat, inspect, verify, evaluate, bench, demo)
+
+SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, see=f"{self.prog} --help")
+
+
+def _add_common(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", default=default, help="no notes and no progress on stderr")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="goslet",
+        description="Compiles RWKV checkpoints into one engine file and runs them.",
+        epilog="Exit codes: 0 success, 1 an error or a failed verification, 2 a usage error, 130 Ctrl-C.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"goslet {__version__}")
+    _add_common(parser, False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = {}
+    for command in COMMANDS:
+        own = subparsers.add_parser(
+            command.NAME, help=command.SUMMARY, description=command.__doc__, allow_abbrev=False
+        )
+        # A flag after the command must not reset the one before it, so here it has no default.
+        _add_common(own, argparse.SUPPRESS)
+        command.add_arguments(own)
+        own.set_defaults(execute=command.execute)
+        commands[command.NAME] = own
+    return parser, commands
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line, and name the nearest command or flag where one is mistyped.
+
+    Raises:
+        UsageError: the command line cannot be understood.
+    """
+    parser, commands = _parsers()
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name is not None and name not in commands:
+        raise UsageError(f"unknown command {name!r}{_suggestion(name, list(commands))}", see="goslet --help")
+    own = parser if name is None else commands[name]
+    flags = [*parser._option_string_actions, *own._option_string_actions]
+    for word in argv:
+        flag = word.partition("=")[0]
+        if word == "--":
+            break
+        if word.startswith("--") and " " not in word and flag not in flags:
+            raise UsageError(f"unknown flag {flag}{_suggestion(flag, flags)}", see=f"{own.prog} --help")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        raise UsageError(f"a command is needed: {', '.join(commands)}", see="goslet --help")
+    return args
+
+
+def _report(problem: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    print(f"goslet: error: {' '.join(problem.split())}", file=sys.stderr, flush=True)
+
+
+def _abandon_stdout() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's own flush at exit stays silent."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _parse(argv)
+    with warnings.catch_warnings():
+        if not args.debug:
+            warnings.simplefilter("ignore")
+        status: int = args.execute(args, Console(quiet=args.quiet))
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (without the program's name; by default the process's) and return its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in words
+    if hasattr(sys.stdout, "reconfigure"):
+        # A model writes any character; a terminal in another encoding shows "?" for what it cannot.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _run(words)
+    except SystemExit as done:  # argparse, after --help or --version
+        return done.code if isinstance(done.code, int) else SUCCESS
+    except UsageError as error:
+        _report(str(error))
+        return USAGE
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("\ngoslet: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted.
+        _abandon_stdout()
+        return SUCCESS
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, GosletError):
+            _report(str(error))
+        elif isinstance(error, OSError):
+            _report(f"{error.filename or 'the system'}: {error.strerror or error}")
+            _abandon_stdout()
+        elif isinstance(error, MemoryError):
+            _report("there is not enough memory; use a smaller model or fewer bits a weight (--quant int4)")
+        else:
+            _report(f"unexpected {type(error).__name__}: {error}; run it again with --debug for the traceback")
+        return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""Engines and sessions: open an engine file, feed tokens, fork, save and restore states, write text."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .backends import Backend, open_backend
+from .enginefile import EngineFile
+from .errors import EmptyPromptError, InputError, TokenError, TokenizerError
+from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
+from .spec import ModelSpec, StateSpec
+from .state import State
+from .tokenizer import Tokenizer, load_tokenizer
+
+
+class Session:
+    """One conversation: a state of fixed size and the step that moves it on. Made by `Engine.session`.
+
+    A session may be used from any thread; calls from several threads wait for each other. Different sessions of one
+    engine run in parallel.
+    """
+
+    def __init__(self, engine: Engine, state: State) -> None:
+        self._engine = engine
+        self._state = state
+        self._stepper = engine.backend.stepper(state)
+        self._lock = threading.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that this session runs on."""
+        return self._engine
+
+    @property
+    def state(self) -> State:
+        """The session's state; its buffers keep their addresses for the session's life."""
+        return self._state
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens fed since the state was fresh."""
+        return self._state.tokens_seen
+
+    @property
+    def state_size_bytes(self) -> int:
+        """Bytes of one copy of the state."""
+        return self._engine.state_spec.size_bytes
+
+    def feed(self, tokens: Sequence[int] | NDArray[np.integer[Any]], *, all_logits: bool = False) -> NDArray[np.float32]:
+        """Feed tokens; the state moves on past them.
+
+        Feeding a sequence whole, in pieces or token by token gives the same logits and state. An interrupted call
+        (Ctrl-C, a backend's failure) leaves a whole state, after the first `tokens_seen` tokens.
+
+        Args:
+            tokens: token ids [T], at least one.
+            all_logits: return the logits after every token, not after the last one alone.
+
+        Returns:
+            float32 [V], or [T, V] with `all_logits`; the array is the caller's.
+
+        Raises:
+            EmptyPromptError: there are no tokens.
+            TokenError: a token is not an integer or outside the vocabulary; nothing was fed then.
+            BackendError: the step failed.
+        """
+        ids = self._engine.check_tokens(tokens)
+        logits = np.empty((len(ids) if all_logits else 1, self._engine.spec.vocab_size), np.float32)
+        with self._lock:
+            self._engine.check_open()
+            self._stepper.feed(ids, logits)
+        return logits if all_logits else logits[0]
+
+    def fork(self) -> Session:
+        """A session of its own that continues from the same state."""
+        with self._lock:
+            return Session(self._engine, self._state.clone())
+
+    def reset(self) -> None:
+        """Go back to the fresh state."""
+        with self._lock:
+            self._state.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, replacing one that exists.
+
+        Raises:
+            OutputError: the file cannot be written; an existing one is then untouched.
+        """
+        with self._lock:
+            self._state.save(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the state from a file that `save` wrote, in any quantization of the same model.
+
+        Raises:
+            StateMismatchError: the file's state belongs to another model or layout; the session's state is untouched.
+            ContainerError, StateError: the file is damaged; the session's state is untouched.
+        """
+        with self._lock:
+            self._state.load(path)
+
+
+class Engine:
+    """An opened engine file on a backend. Made by `goslet.open`; close it, or use it in a ``with`` statement."""
+
+    def __init__(self, file: EngineFile, backend: Backend, tokenizer: Tokenizer | None) -> None:
+        self._file = file
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._uncounted: frozenset[int] | None = None
+        self._open = True
+
+    @property
+    def file(self) -> EngineFile:
+        """The engine file."""
+        return self._file
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that runs the steps."""
+        return self._backend
+
+    @property
+    def backend_name(self) -> str:
+        """The backend's name: native, ort or trt."""
+        return self._backend.name
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's dimensions."""
+        return self._file.spec
+
+    @property
+    def state_spec(self) -> StateSpec:
+        """The state's tensors."""
+        return self._file.state_spec
+
+    @property
+    def model_id(self) -> str:
+        """The model's id: the same for every quantization of one checkpoint."""
+        return self._file.model_id
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The engine's tokenizer, or None when it takes and gives token ids only."""
+        return self._tokenizer
+
+    def session(self) -> Session:
+        """A new session with a fresh state."""
+        self.check_open()
+        state = State(self.state_spec, self.model_id, double_buffered=not self._backend.in_place)
+        return Session(self, state)
+
+    def check_open(self) -> None:
+        """Raise InputError when the engine was closed."""
+        if not self._open:
+            raise InputError("the engine is closed", file=self._file.path, remedy="open it again with goslet.open")
+
+    def check_tokens(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Token ids as int64 [T].
+
+        Raises:
+            EmptyPromptError: there are none.
+            TokenError: one of them is not an integer or outside the vocabulary; the first such is named.
+        """
+        try:
+            array = np.asarray(tokens)
+        except (ValueError, OverflowError, TypeError) as error:
+            raise TokenError("are not token ids", place="tokens", expected="a sequence of integers") from error
+        if array.size == 0:
+            raise EmptyPromptError(
+                "there is no token to feed", place="tokens", remedy="give a prompt of at least one token"
+            )
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TokenError(
+                "are not token ids",
+                place="tokens",
+                expected="a flat sequence of integers",
+                found=f"{array.dtype} of shape {list(array.shape)}",
+            )
+        wrong = (array < 0) | (array >= self.spec.vocab_size)
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            raise TokenError(
+                "a token id is outside the vocabulary",
+                place=f"tokens[{index}]",
+                expected=f"0 to {self.spec.vocab_size - 1}",
+                found=int(array[index]),
+                remedy="use this engine's tokenizer",
+            )
+        return array.astype(np.int64)
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's token ids.
+
+        Raises:
+            TokenizerError: the engine has no tokenizer.
+            EmptyPromptError: the prompt is empty.
+        """
+        if self._tokenizer is None:
+            raise self._no_tokenizer()
+        if not prompt:
+            raise EmptyPromptError("the prompt is empty", place="prompt", remedy="give at least one character")
+        return self._tokenizer.encode(prompt)
+
+    def _no_tokenizer(self) -> TokenizerError:
+        return TokenizerError(
+            "this engine has no tokenizer and takes token ids only",
+            file=self._file.path,
+            remedy="export it with --tokenizer, or feed token ids",
+        )
+
+    def sampler(self, options: SamplingOptions) -> Sampler:
+        """A sampler for this engine's vocabulary; whitespace and digits take no penalty where text is known."""
+        penalizes = options.presence_penalty != 0 or options.frequency_penalty != 0
+        if self._uncounted is None and penalizes and self._tokenizer is not None:
+            self._uncounted = uncounted_tokens(self._tokenizer)
+        return Sampler(options, self.spec.vocab_size, self._uncounted or ())
+
+    def generate_tokens(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 256,
+        session: Session | None = None,
+        options: SamplingOptions | None = None,
+    ) -> Iterator[int]:
+        """Sample token ids after a prompt, one at a time.
+
+        Every token is fed to the session before the next is asked for, the last one too, so the session may be
+        continued, saved or forked at any time. The end-of-document token ends the generation and is not given.
+
+        Args:
+            prompt: token ids [T], at least one.
+            max_tokens: at most this many.
+            session: continue this one; None uses a fresh one.
+            options: how to sample; None is temperature 1. Its `stop` texts need `generate`.
+
+        Raises:
+            EmptyPromptError, TokenError, InputError: the arguments cannot be used; raised here, not at the first token.
+        """
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
+            raise InputError("is not a number of tokens", place="max_tokens", expected="0 or more", found=repr(max_tokens))
+        if session is not None and session.engine is not self:
+            raise InputError("belongs to another engine", place="session", remedy="use a session of this engine")
+        ids = self.check_tokens(prompt)
+        sampler = self.sampler(options or SamplingOptions())
+        return self._sampled(ids, max_tokens, session or self.session(), sampler)
+
+    def _sampled(
+        self, prompt: NDArray[np.int64], max_tokens: int, session: Session, sampler: Sampler
+    ) -> Iterator[int]:
+        end_token = None if self._tokenizer is None else self._tokenizer.end_token
+        logits = session.feed(prompt)
+        for _ in range(max_tokens):
+            token = sampler.sample(logits)
+            if token == end_token:
+                return
+            sampler.observe(token)
+            logits = session.feed([token])
+            yield token
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        session: Session | None = None,
+        options: SamplingOptions | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Write text after a prompt, piece by piece.
+
+        Pieces hold whole characters only; text that could be the beginning of a stop text is held back until it is
+        known not to be, and the stop text itself is never given.
+
+        Args:
+            prompt: text, or token ids.
+            max_tokens: at most this many tokens.
+            session: continue this one; None uses a fresh one.
+            options: how to sample; or give the fields of `SamplingOptions` by name.
+            **sampling: fields of `SamplingOptions`: temperature, top_k, top_p, seed, stop and so on.
+
+        Raises:
+            TokenizerError: the engine has no tokenizer.
+            EmptyPromptError, TokenError, InputError: the arguments cannot be used; raised here, not at the first piece.
+        """
+        if self._tokenizer is None:
+            raise self._no_tokenizer()
+        if options is not None and sampling:
+            raise InputError("is given beside options", place=", ".join(sampling), remedy="give one or the other")
+        if options is None:
+            try:
+                options = SamplingOptions(**sampling)
+            except TypeError as error:
+                raise InputError(f"no such sampling option: {error}", place="generate") from error
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self.generate_tokens(ids, max_tokens=max_tokens, session=session, options=options)
+        return self._text(tokens, self._tokenizer, StopMatcher(options.stop))
+
+    @staticmethod
+    def _text(tokens: Iterator[int], tokenizer: Tokenizer, matcher: StopMatcher) -> Iterator[str]:
+        decoder = tokenizer.stream()
+        for token in tokens:
+            if piece := matcher.feed(decoder.push(token)):
+                yield piece
+            if matcher.matched is not None:
+                return
+        if piece := matcher.feed(decoder.finish()) + matcher.flush():
+            yield piece
+
+    def close(self) -> None:
+        """Close the engine file; sessions of this engine cannot be fed any more."""
+        self._open = False
+        self._file.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_engine(
+    path: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    check: bool = False,
+) -> Engine:
+    """Open an engine file; `goslet.open` is this function.
+
+    Args:
+        path: a ``.goslet`` file.
+        backend: ``native``, ``ort`` or ``trt``; None takes the best one that is there.
+        device: ``cpu`` or ``cuda``.
+        threads: compute threads; None leaves it to the backend.
+        check: verify the weights' checksum too, which reads the whole file.
+
+    Raises:
+        ContainerError: the file is damaged, of a newer format, or not an engine.
+        BackendUnavailableError, BackendError: the backend does not exist here or refuses the engine.
+        InputError: an argument cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        file = EngineFile.open(path, check=check)
+        stack.callback(file.close)
+        tokenizer = None
+        if file.tokenizer_kind is not None:
+            tokenizer = load_tokenizer(file.tokenizer_kind, file.tokenizer_bytes)
+        engine = Engine(file, open_backend(backend, file, device, threads), tokenizer)
+        stack.pop_all()
+    return engine

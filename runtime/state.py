@@ -1,0 +1,260 @@
+"""The state of one session: fixed-size buffers that never move, and the state file.
+
+A state file is a container (`goslet.container`) with the magic ``GOSLETST``. Its header holds ``model_id``,
+``tokens_seen`` and ``state`` (`StateSpec.to_json`); its one section, ``state``, holds the tensors in the spec's order,
+little-endian float32, without gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._native import StateBuffer
+from .container import Section, errors_in, read_container, write_container
+from .errors import HeaderError, InputError, StateError, StateMismatchError
+from .output import Path
+from .spec import StateSpec
+
+STATE_FILE_MAGIC = b"GOSLETST"
+STATE_FILE_VERSION = 1
+MAX_TOKENS_SEEN = (1 << 63) - 1
+
+Tensors: TypeAlias = "Mapping[str, NDArray[np.float32]]"
+
+
+class State:
+    """Everything that a session remembers.
+
+    All memory is allocated here, once; no address changes during the state's life. A backend that cannot update a
+    state in place reads `front`, writes `back` and calls `swap`, which exchanges the two names and moves nothing.
+
+    Args:
+        spec: the tensors, their shapes and their initial values.
+        model_id: the model that the state belongs to.
+        double_buffered: whether there is a back buffer.
+
+    Attributes:
+        tokens_seen: tokens fed since the fresh state.
+
+    Raises:
+        StateError: the state is larger than goslet allows or than the memory at hand.
+    """
+
+    def __init__(self, spec: StateSpec, model_id: str, *, double_buffered: bool = False) -> None:
+        self.spec = spec
+        self.model_id = model_id
+        self.tokens_seen = 0
+        self._buffers = [_allocate(spec) for _ in range(2 if double_buffered else 1)]
+        self._views = [_views(spec, buffer) for buffer in self._buffers]
+
+    @property
+    def double_buffered(self) -> bool:
+        """Whether there is a back buffer."""
+        return len(self._buffers) == 2
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all the state's buffers, alignment included."""
+        return sum(buffer.size_bytes for buffer in self._buffers)
+
+    @property
+    def front(self) -> Tensors:
+        """The present state: writable float32 views by tensor name, each in its spec's shape and 64-byte aligned."""
+        return self._views[0]
+
+    @property
+    def back(self) -> Tensors:
+        """Where the next state is written before `swap`, like `front`; what it holds before that means nothing.
+
+        Raises:
+            InputError: the state has no back buffer.
+        """
+        return self._views[self._back_index()]
+
+    @property
+    def front_buffer(self) -> StateBuffer:
+        """The buffer behind `front`, for native code."""
+        return self._buffers[0]
+
+    @property
+    def back_buffer(self) -> StateBuffer:
+        """The buffer behind `back`, for native code.
+
+        Raises:
+            InputError: the state has no back buffer.
+        """
+        return self._buffers[self._back_index()]
+
+    def _back_index(self) -> int:
+        if not self.double_buffered:
+            raise InputError("the state has no back buffer", remedy="make it with double_buffered=True")
+        return 1
+
+    def swap(self) -> None:
+        """Let the back buffer be the front and the front the back.
+
+        Raises:
+            InputError: the state has no back buffer.
+        """
+        self._back_index()
+        self._buffers.reverse()
+        self._views.reverse()
+
+    def reset(self) -> None:
+        """Return to the fresh state."""
+        for buffer in self._buffers:
+            buffer.reset()
+        self.tokens_seen = 0
+
+    def clone(self) -> State:
+        """An independent state with the same values, buffering and position."""
+        twin = State(self.spec, self.model_id, double_buffered=self.double_buffered)
+        twin.copy_from(self)
+        return twin
+
+    def copy_from(self, other: State) -> None:
+        """Take another state's values and position; the two may be buffered differently.
+
+        Raises:
+            StateMismatchError: it is of another model or layout; this state is then unchanged.
+        """
+        self._check_model(other.model_id, None)
+        self._check_layout(other.spec, None)
+        self.front_buffer.copy_from(other.front_buffer)
+        self.tokens_seen = other.tokens_seen
+
+    def save(self, path: Path) -> None:
+        """Write a state file; an existing file is replaced once the new one is whole.
+
+        Raises:
+            StateError: the state holds NaN or infinity, which `load` would refuse.
+            OutputError: the file cannot be written.
+        """
+        _check_finite(self.front.items(), path)
+        header = {"model_id": self.model_id, "tokens_seen": self.tokens_seen, "state": self.spec.to_json()}
+        tensors = (memoryview(view.astype("<f4", copy=False)).cast("B") for view in self.front.values())
+        write_container(
+            path,
+            magic=STATE_FILE_MAGIC,
+            version=STATE_FILE_VERSION,
+            header=header,
+            sections=[Section("state", self.spec.size_bytes, tensors)],
+            overwrite=True,
+        )
+
+    def load(self, path: Path) -> None:
+        """Take the values and the position of a state file. Whenever this raises, the state is unchanged.
+
+        Raises:
+            StateMismatchError: the file's state is of another model or another layout.
+            StateError: it holds NaN or infinity.
+            ContainerError: the file is damaged or is not a state file (a subclass says how).
+        """
+        container = read_container(path, magic=STATE_FILE_MAGIC, version=STATE_FILE_VERSION, kind="state file")
+        with container, errors_in(path):
+            header = container.header
+            self._check_model(_text(header, "model_id"), path)
+            spec_json = header.get("state")
+            if not isinstance(spec_json, Mapping):
+                raise HeaderError("is not a JSON object", place="state", found=type(spec_json).__name__)
+            # First of all the version: another one may describe its tensors differently.
+            self._check_layout_version(_count(spec_json, "layout_version"), path)
+            self._check_layout(StateSpec.from_json(spec_json), path)
+            tokens_seen = _count(header, "tokens_seen")
+            # A copy, which nobody can change between the check and its use.
+            values = np.array(_float32(container.section("state"), self.spec.size_bytes), dtype=np.float32)
+        ends = np.cumsum([tensor.n_elements for tensor in self.spec.tensors])
+        parts = dict(zip(self.front, np.split(values, ends[:-1]), strict=True))
+        _check_finite(parts.items(), path)
+        for name, view in self.front.items():
+            view[...] = parts[name].reshape(view.shape)
+        self.tokens_seen = tokens_seen
+
+    def _check_model(self, model_id: str, file: Path | None) -> None:
+        if model_id != self.model_id:
+            raise StateMismatchError(
+                "the state is of another model",
+                file=file,
+                expected=f"model {self.model_id}",
+                found=f"model {model_id[:100]}",
+                remedy="open the engine that it was made with",
+            )
+
+    def _check_layout_version(self, version: int, file: Path | None) -> None:
+        if version != self.spec.layout_version:
+            raise StateMismatchError(
+                "the state has another layout version",
+                file=file,
+                expected=self.spec.layout_version,
+                found=version,
+                remedy="use the goslet and the engine that it was made with",
+            )
+
+    def _check_layout(self, spec: StateSpec, file: Path | None) -> None:
+        if spec == self.spec:
+            return
+        self._check_layout_version(spec.layout_version, file)
+        for index in range(max(len(spec.tensors), len(self.spec.tensors))):
+            expected, found = (
+                str(side.tensors[index]) if index < len(side.tensors) else "none" for side in (self.spec, spec)
+            )
+            if expected != found:
+                raise StateMismatchError(
+                    "the state has another layout",
+                    file=file,
+                    place=f"tensor {index}",
+                    expected=expected,
+                    found=found[:300],
+                    remedy="use the engine that it was made with",
+                )
+
+
+def _allocate(spec: StateSpec) -> StateBuffer:
+    try:
+        return StateBuffer([tensor.shape for tensor in spec.tensors], [tensor.init for tensor in spec.tensors])
+    except (ValueError, MemoryError) as error:
+        raise StateError(f"a state cannot be allocated: {error}", found=f"{spec.size_bytes} bytes") from error
+
+
+def _views(spec: StateSpec, buffer: StateBuffer) -> Tensors:
+    return MappingProxyType({tensor.name: buffer.tensor(index) for index, tensor in enumerate(spec.tensors)})
+
+
+def _check_finite(tensors: Iterable[tuple[str, NDArray[np.float32]]], file: Path) -> None:
+    for name, values in tensors:
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise StateError(
+                "the state holds NaN or infinity",
+                file=file,
+                place=f"tensor {name}",
+                found=f"{finite.size - np.count_nonzero(finite)} of {finite.size} numbers",
+                remedy="start from a fresh state",
+            )
+
+
+def _text(header: Mapping[str, object], key: str) -> str:
+    value = header.get(key)
+    if not isinstance(value, str):
+        raise HeaderError("is not text", place=key, found=type(value).__name__)
+    return value
+
+
+def _count(header: Mapping[str, object], key: str) -> int:
+    value = header.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_TOKENS_SEEN:
+        raise HeaderError("is not a count", place=key, found=repr(value)[:50])
+    return value
+
+
+def _float32(section: memoryview, size_bytes: int) -> NDArray[np.float32]:
+    if section.nbytes != size_bytes:
+        raise HeaderError(
+            "has a wrong length", place="section state", expected=f"{size_bytes} bytes", found=f"{section.nbytes} bytes"
+        )
+    return np.frombuffer(section, dtype="<f4")

@@ -1,0 +1,500 @@
+"""Text to token ids and back: the RWKV World vocabulary, Hugging Face's ``tokenizer.json`` and raw bytes.
+
+Every tokenizer here works on bytes, so that each id stands for fixed bytes whatever stands beside it. Decoding whole
+and decoding piece by piece therefore give the same text, and a character that two ids share is never shown in halves.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import importlib.util
+import operator
+import os
+import pathlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from ._native import VocabularyTrie
+from .errors import DependencyError, InputError, TokenError, TokenizerError
+from .output import Path
+from .spec import MAX_VOCAB_SIZE
+
+if TYPE_CHECKING:
+    import tokenizers
+
+MAX_FILE_BYTES = 64 << 20
+WORLD_VOCAB_SIZE = 65536
+WORLD_LAST_ID = 65529
+END_OF_TEXT = "<|endoftext|>"
+
+_WORLD_FILE = "rwkv_vocab_v20230424.txt"
+_MAX_LINE_CHARACTERS = 4096
+_AGAIN = "get the file again"
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time, holding back the bytes of a character until it is complete.
+
+    What the calls return, joined, equals `Tokenizer.decode` of all the ids at once: bytes that are not UTF-8 become
+    U+FFFD, as soon as they are known not to be.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that this id completes, perhaps none.
+
+        Raises:
+            TokenError: the id is outside the vocabulary; the stream goes on as if it had not been pushed.
+        """
+        text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        held = self._decoder.getstate()[0]
+        # Python waits for a third byte after these two, which no character begins with (they spell half a surrogate).
+        if len(held) == 2 and held[0] == 0xED and held[1] >= 0xA0:
+            text += self._decoder.decode(b"", final=True)
+        return text
+
+    def finish(self) -> str:
+        """What is still held back, as U+FFFD; the decoder can then begin a new text."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        kind: the name by which an engine file records this kind of tokenizer.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids go from 0 up to, and without, this."""
+
+    @property
+    @abstractmethod
+    def end_token(self) -> int | None:
+        """The id that ends a document, if there is one."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added.
+
+        Raises:
+            InputError: `text` is not a string, or holds half a surrogate pair, which is not Unicode text.
+        """
+        if not isinstance(text, str):
+            raise InputError("is not text", place="text", expected="str", found=type(text).__name__)
+        try:
+            utf8 = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "holds half a surrogate pair", place=f"text, character {error.start}", remedy="repair the text"
+            ) from None
+        return self._encode(text, utf8)
+
+    @abstractmethod
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        """The ids of a text given in both forms."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of the ids; special ids and those that stand for nothing give none.
+
+        Raises:
+            TokenError: an id is not an integer or is outside the vocabulary; its position is named.
+        """
+        return self._decode_bytes(self._checked(ids))
+
+    @abstractmethod
+    def _decode_bytes(self, ids: list[int]) -> bytes:
+        """The bytes of ids that are within the vocabulary."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, with U+FFFD for bytes that are not UTF-8.
+
+        Raises:
+            TokenError: an id is not an integer or is outside the vocabulary; its position is named.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(self)
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """What `load_tokenizer` reads back, with this `kind`, to an equal tokenizer."""
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        checked = []
+        size = self.vocab_size
+        for position, token in enumerate(ids):
+            try:
+                value = operator.index(token)
+            except TypeError:
+                value = -1
+            if not 0 <= value < size:
+                raise TokenError(
+                    "is not a token of this vocabulary",
+                    place=f"token {position}",
+                    expected=f"an integer from 0 to {size - 1}",
+                    found=repr(token)[:50],
+                )
+            checked.append(value)
+        return checked
+
+
+class BytesTokenizer(Tokenizer):
+    """Every byte of the UTF-8 text is a token; nothing ends a document."""
+
+    kind = "bytes"
+
+    @property
+    def vocab_size(self) -> int:
+        """256."""
+        return 256
+
+    @property
+    def end_token(self) -> int | None:
+        """None."""
+        return None
+
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        return list(utf8)
+
+    def _decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(ids)
+
+    def to_bytes(self) -> bytes:
+        """Nothing: there is nothing to know."""
+        return b""
+
+
+class WorldTokenizer(Tokenizer):
+    """The RWKV World vocabulary: greedy longest match over 65529 byte strings, all 256 single bytes among them.
+
+    All 65536 ids of a World model are valid. Id 0 ends a document; it and the unused ids 65530 to 65535 decode to no
+    bytes, and encoding never gives them.
+
+    Source: the published format of ``rwkv_vocab_v20230424.txt``.
+
+    Raises:
+        TokenizerError: the trie is not such a vocabulary.
+    """
+
+    kind = "world"
+
+    def __init__(self, trie: VocabularyTrie, file: Path | None = None) -> None:
+        unused = (0, *range(WORLD_LAST_ID + 1, WORLD_VOCAB_SIZE))
+        if (
+            trie.vocab_size != WORLD_VOCAB_SIZE
+            or trie.n_entries != WORLD_LAST_ID
+            or any(trie.token_bytes(token) for token in unused)
+        ):
+            raise TokenizerError(
+                "is not a World vocabulary",
+                file=file,
+                expected=f"ids 1 to {WORLD_LAST_ID} of {WORLD_VOCAB_SIZE}",
+                found=f"{trie.n_entries} ids of {trie.vocab_size}",
+                remedy=_AGAIN,
+            )
+        for byte in range(256):
+            if trie.encode(bytes([byte]))[1] == 0:
+                raise TokenizerError("has no token for a byte", file=file, place=f"byte 0x{byte:02x}", remedy=_AGAIN)
+        self._trie = trie
+
+    @classmethod
+    def from_text(cls, data: bytes, file: Path | None = None) -> WorldTokenizer:
+        """Read the vocabulary file: lines of an id, a Python string or bytes literal and its length in bytes.
+
+        Args:
+            data: the file's content, UTF-8, with LF or CRLF ends.
+            file: its name, for errors.
+
+        Raises:
+            TokenizerError: a line is not of this form, or ids or byte strings are missing or appear twice.
+        """
+        return cls(VocabularyTrie(WORLD_VOCAB_SIZE, _parse_world(data, file)), file)
+
+    @property
+    def vocab_size(self) -> int:
+        """65536."""
+        return WORLD_VOCAB_SIZE
+
+    @property
+    def end_token(self) -> int | None:
+        """0."""
+        return 0
+
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        return self._trie.encode(utf8)[0]
+
+    def _decode_bytes(self, ids: list[int]) -> bytes:
+        return self._trie.decode(ids)
+
+    def to_bytes(self) -> bytes:
+        """The compact form that csrc/vocabulary_trie.h describes."""
+        return self._trie.to_blob()
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json`` whose tokens are byte strings (decoder ``ByteLevel``), run by the package `tokenizers`.
+
+    Truncation and padding that the file may ask for are off, and its post-processor adds no tokens: a prompt is fed
+    as it stands. Tokens that the file marks as special decode to no bytes. What the file's normalizer changes stays
+    changed, and bytes that its vocabulary lacks are left out when it names no unknown token: both as that package does.
+
+    Args:
+        data: the file's content.
+        file: its name, for errors.
+
+    Raises:
+        TokenizerError: it cannot be read, or its tokens are not byte strings.
+    """
+
+    kind = "hf"
+
+    def __init__(self, data: bytes, file: Path | None = None) -> None:
+        self._data = bytes(data)
+        self._tokenizer = _parse_hugging_face(self._data, file)
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self._vocab_size = max(ids, default=-1) + 1
+        if not 0 < self._vocab_size <= MAX_VOCAB_SIZE:
+            raise TokenizerError(
+                "has a wrong number of tokens", file=file, expected=f"1 to {MAX_VOCAB_SIZE}", found=self._vocab_size
+            )
+        self._end_token: int | None = self._tokenizer.token_to_id(END_OF_TEXT)
+        self._bytes_of_id: dict[int, bytes] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; ids that the file leaves out below it decode to no bytes."""
+        return self._vocab_size
+
+    @property
+    def end_token(self) -> int | None:
+        """The id of ``<|endoftext|>``, if the file has it."""
+        return self._end_token
+
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join([self._token_bytes(token) for token in ids])
+
+    def _token_bytes(self, token: int) -> bytes:
+        known = self._bytes_of_id.get(token)
+        if known is None:
+            if (added := self._added.get(token)) is not None:
+                known = b"" if added.special else added.content.encode("utf-8")
+            else:
+                known = _byte_level_bytes(self._tokenizer.id_to_token(token) or "")
+            self._bytes_of_id[token] = known
+        return known
+
+    def to_bytes(self) -> bytes:
+        """The file as it was read."""
+        return self._data
+
+
+def load_tokenizer(kind: str, blob: bytes | memoryview) -> Tokenizer:
+    """The tokenizer whose `kind` and `to_bytes` an engine file records.
+
+    Raises:
+        TokenizerError: the kind is unknown or the bytes are not what it writes.
+    """
+    if kind == WorldTokenizer.kind:
+        try:
+            trie = VocabularyTrie.from_blob(blob)
+        except ValueError as error:
+            raise TokenizerError(str(error), place="tokenizer", remedy="export the engine again") from None
+        return WorldTokenizer(trie)
+    if kind == HuggingFaceTokenizer.kind:
+        return HuggingFaceTokenizer(bytes(blob))
+    if kind == BytesTokenizer.kind:
+        if len(blob):
+            raise TokenizerError("should be empty", place="tokenizer", expected="0 bytes", found=f"{len(blob)} bytes")
+        return BytesTokenizer()
+    raise TokenizerError(
+        "is of an unknown kind",
+        place="tokenizer",
+        expected="bytes, hf or world",
+        found=repr(kind)[:50],
+        remedy="install a newer goslet",
+    )
+
+
+def tokenizer_from_file(path: Path) -> Tokenizer:
+    """Read a World vocabulary (``.txt``) or a Hugging Face ``tokenizer.json`` (``.json``).
+
+    Raises:
+        TokenizerError: the file is missing, unreadable, too large, of neither kind or malformed.
+    """
+    suffix = pathlib.PurePath(path).suffix.lower()
+    if suffix == ".txt":
+        return WorldTokenizer.from_text(_read(path), path)
+    if suffix == ".json":
+        return HuggingFaceTokenizer(_read(path), path)
+    raise TokenizerError(
+        "is not a tokenizer that goslet knows",
+        file=path,
+        expected="a World vocabulary (.txt) or tokenizer.json (.json)",
+        found=suffix or "no suffix",
+    )
+
+
+def world_tokenizer() -> WorldTokenizer:
+    """The World vocabulary of the installed package pyrwkv-tokenizer, which is not imported.
+
+    Raises:
+        DependencyError: the package is not installed, or does not hold the vocabulary.
+        TokenizerError: its vocabulary is malformed.
+    """
+    spec = importlib.util.find_spec("pyrwkv_tokenizer")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = os.path.join(folder, _WORLD_FILE)
+        if os.path.isfile(path):
+            return WorldTokenizer.from_text(_read(path), path)
+    raise DependencyError(
+        "the World vocabulary is not installed",
+        place="package pyrwkv-tokenizer",
+        found="not installed" if spec is None else f"no {_WORLD_FILE}",
+        remedy="pip install pyrwkv-tokenizer, or give the vocabulary file",
+    )
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that can give ids that a model has no row for.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: V, rows of the model's embedding.
+
+    Raises:
+        TokenizerError: its vocabulary is larger.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            "the tokenizer's vocabulary is larger than the model's",
+            place=f"tokenizer of kind {tokenizer.kind}",
+            expected=f"at most {vocab_size} ids",
+            found=tokenizer.vocab_size,
+            remedy="give the tokenizer that the model was trained with",
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise TokenizerError(f"cannot be read: {error.strerror or error}", file=path) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise TokenizerError("is too large for a tokenizer", file=path, expected=f"at most {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def _parse_world(data: bytes, file: Path | None) -> list[tuple[int, bytes]]:
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError("is not UTF-8", file=file, place=f"offset {error.start}", remedy=_AGAIN) from None
+    if lines[-1] == "":
+        lines.pop()
+    bytes_of_id: dict[int, bytes] = {}
+    id_of_bytes: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, content = _parse_world_line(line.removesuffix("\r"))
+            if token in bytes_of_id:
+                raise ValueError(f"the id {token} appears twice")
+            if content in id_of_bytes:
+                raise ValueError(f"the token is also that of id {id_of_bytes[content]}")
+        except ValueError as error:
+            raise TokenizerError(str(error), file=file, place=f"line {number}", remedy=_AGAIN) from None
+        bytes_of_id[token] = content
+        id_of_bytes[content] = token
+    missing = [token for token in range(1, WORLD_LAST_ID + 1) if token not in bytes_of_id]
+    if missing:
+        raise TokenizerError(
+            "the vocabulary is incomplete",
+            file=file,
+            expected=f"ids 1 to {WORLD_LAST_ID}",
+            found=f"{len(missing)} missing, first {missing[0]}",
+            remedy=_AGAIN,
+        )
+    return list(bytes_of_id.items())
+
+
+def _parse_world_line(line: str) -> tuple[int, bytes]:
+    """One entry; raises ValueError with what is wrong about it."""
+    if len(line) > _MAX_LINE_CHARACTERS:
+        raise ValueError(f"the line is longer than {_MAX_LINE_CHARACTERS} characters")
+    token_text, _, rest = line.partition(" ")
+    literal, _, length_text = rest.rpartition(" ")
+    if not (token_text.isascii() and token_text.isdigit() and 1 <= int(token_text) <= WORLD_LAST_ID):
+        raise ValueError(f"the id is not a number from 1 to {WORLD_LAST_ID} (found {token_text[:20]!r})")
+    try:
+        content = ast.literal_eval(literal.strip(" "))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        content = None
+    if not isinstance(content, str | bytes):
+        raise ValueError(f"the token is not a string or bytes literal (found {literal[:40]!r})")
+    try:
+        encoded = content.encode("utf-8") if isinstance(content, str) else content
+    except UnicodeEncodeError:
+        raise ValueError("the token holds half a surrogate pair") from None
+    if not encoded:
+        raise ValueError("the token is empty")
+    if not (length_text.isascii() and length_text.isdigit() and int(length_text) == len(encoded)):
+        raise ValueError(f"the length is not the token's (expected {len(encoded)}, found {length_text[:20]!r})")
+    return int(token_text), encoded
+
+
+def _parse_hugging_face(data: bytes, file: Path | None) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:
+        raise TokenizerError(f"is not a tokenizer.json: {str(error)[:200]}", file=file, remedy=_AGAIN) from error
+    if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+        raise TokenizerError(
+            "its tokens are not byte strings, so that text could not be streamed exactly",
+            file=file,
+            place="decoder",
+            expected="ByteLevel",
+            found=type(tokenizer.decoder).__name__,
+            remedy="use a byte-level tokenizer",
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a ByteLevel token stands for: itself if it is printable Latin-1, otherwise one
+    of the characters from U+0100 on, given out in the order of the bytes (GPT-2's published alphabet)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:
+        # As the package `tokenizers` does: a token outside the alphabet is taken literally.
+        return token.encode("utf-8")
