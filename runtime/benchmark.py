@@ -7,11 +7,13 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .sampling import SamplingOptions
 from .session import Engine
@@ -39,7 +41,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a measurement was made: the CPU's model, its cores, and the threads that were used."""
+    """Where a measurement was made: the CPU's model, the cores at hand, and the threads used."""
 
     cpu: str
     cores: int
@@ -78,24 +80,23 @@ class Benchmark:
 
 
 def run_benchmark(
-    engine: Engine, *, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None
+    engine: Engine, *, threads: int, progress: Callable[[str, int, int], None] | None = None
 ) -> Benchmark:
     """Measure an engine: some seconds of decoding its own samples, then prefill, then the memory's bandwidth.
 
     Args:
         engine: an opened engine.
-        threads: the threads that the engine was opened with; None means one for each core.
-        progress: called with what is done, the total, and the name of the part.
+        threads: the threads that the engine was opened with.
+        progress: called with the stage's name, what is done and the total.
 
     Raises:
         NonFiniteError, BackendError: the engine fails.
     """
-    threads = threads or physical_cores()
-    report = progress or (lambda done, total, part: None)
+    report = progress or (lambda stage, done, total: None)
     step_s, tokens = _decode(engine, report)
     n_prefill = int(min(MAX_PREFILL_TOKENS, max(16, PREFILL_S / np.median(step_s))))
     prefill_s = _prefill(engine, (tokens * (1 + n_prefill // len(tokens)))[:n_prefill], report)
-    bandwidth_gb_s = stream_bandwidth_gb_s(threads)
+    bandwidth_gb_s = stream_bandwidth_gb_s(threads, STREAM_BYTES)
     size = bytes_per_token(engine)
     decode = _rate(1 / np.array(step_s))
     return Benchmark(
@@ -113,85 +114,90 @@ def run_benchmark(
 
 def bytes_per_token(engine: Engine) -> int:
     """Bytes that one step must read: every weight once, one row of the embedding, and the state."""
-    weights = 0
-    for name in engine.file.tensors:
-        weight = engine.file.weight(name)
-        weights += weight.size_bytes // weight.shape[0] if name == EMBEDDING else weight.size_bytes
-    return weights + engine.state_spec.size_bytes
+    size_bytes = engine.state_spec.size_bytes
+    for name, tensor in engine.file.tensors.items():
+        stored_bytes = tensor.size_bytes + tensor.scales_size_bytes
+        size_bytes += stored_bytes // tensor.shape[0] if name == EMBEDDING else stored_bytes
+    return size_bytes
 
 
-def _decode(engine: Engine, report: Callable[[int, int, str], None]) -> tuple[list[float], list[int]]:
+def _decode(engine: Engine, report: Callable[[str, int, int], None]) -> tuple[list[float], list[int]]:
     """Seconds of each step, and the tokens fed: the engine's own samples, so that activations are as in use."""
     session = engine.session()
     sampler = engine.sampler(SamplingOptions(seed=0))
     logits = session.feed([0])
     step_s: list[float] = []
-    tokens = []
+    tokens: list[int] = []
+    deadline_s = time.perf_counter() + DECODE_S
     for step in range(-WARM_UP_STEPS, MAX_STEPS):
         tokens.append(sampler.sample(logits))
         start_s = time.perf_counter()
         logits = session.feed(tokens[-1:])
         if step >= 0:
             step_s.append(time.perf_counter() - start_s)
-        spent_s = sum(step_s) if step % 16 == 0 else 0.0
-        report(len(step_s), max(MIN_STEPS, len(step_s)), "decode")
-        if len(step_s) >= MIN_STEPS and spent_s >= DECODE_S:
+        report("decoding", len(step_s), MAX_STEPS)
+        if len(step_s) >= MIN_STEPS and time.perf_counter() > deadline_s:
             break
     return step_s, tokens
 
 
-def _prefill(engine: Engine, tokens: list[int], report: Callable[[int, int, str], None]) -> list[float]:
+def _prefill(engine: Engine, tokens: list[int], report: Callable[[str, int, int], None]) -> list[float]:
     seconds = []
     for run in range(PREFILL_RUNS):
         session = engine.session()
         start_s = time.perf_counter()
         session.feed(tokens)
         seconds.append(time.perf_counter() - start_s)
-        report(run + 1, PREFILL_RUNS, "prefill")
+        report("prefilling", run + 1, PREFILL_RUNS)
     return seconds
 
 
-def _rate(tokens_per_s: np.ndarray[Any, np.dtype[np.float64]]) -> Rate:
+def _rate(tokens_per_s: NDArray[np.float64]) -> Rate:
     p5, median, p95 = np.percentile(tokens_per_s, [5, 50, 95])
     return Rate(median=float(median), p5=float(p5), p95=float(p95))
 
 
-def stream_bandwidth_gb_s(threads: int, size_bytes: int = STREAM_BYTES) -> float:
+def stream_bandwidth_gb_s(threads: int, size_bytes: int) -> float:
     """GB/s at which `threads` threads together read a buffer: the best of several passes.
 
     A maximum over float32 is the reading loop: numpy runs it several times faster than memory, and without the GIL.
     """
     parts = np.array_split(np.ones(size_bytes // 4, np.float32), threads)
-    barrier = threading.Barrier(threads + 1)
+    together = threading.Barrier(threads)
 
-    def read(part: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    def read(part: NDArray[np.float32]) -> list[tuple[float, float]]:
+        spans = []
         for _ in range(STREAM_PASSES):
-            barrier.wait()
+            together.wait()
+            start_s = time.perf_counter()
             part.max()
-            barrier.wait()
+            spans.append((start_s, time.perf_counter()))
+        return spans
 
-    workers = [threading.Thread(target=read, args=(part,), daemon=True) for part in parts]
-    for worker in workers:
-        worker.start()
-    best_s = float("inf")
-    for _ in range(STREAM_PASSES):
-        barrier.wait()
-        start_s = time.perf_counter()
-        barrier.wait()
-        best_s = min(best_s, time.perf_counter() - start_s)
-    for worker in workers:
-        worker.join()
-    return size_bytes / best_s / 1e9
+    with ThreadPoolExecutor(threads) as pool:
+        threads_spans = list(pool.map(read, parts))
+    # A pass lasts from the first thread's start to the last one's end.
+    passes_s: list[float] = [
+        max(end for _, end in spans) - min(start for start, _ in spans) for spans in zip(*threads_spans, strict=True)
+    ]
+    return size_bytes / min(passes_s) / 1e9
 
 
 def available_cores() -> int:
-    """Logical CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use; two threads of one core count once."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = set()
+    for cpu in cpus:
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            siblings.add(str(cpu))
+    return len(siblings)
 
 
 def cpu_model() -> str:
     """The CPU's name, or what the machine is called where it has none (Jetson boards)."""
-    names = {}
+    names: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")

@@ -45,9 +45,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     commands = {}
     for command in COMMANDS:
-        own = subparsers.add_parser(
-            command.NAME, help=command.SUMMARY, description=command.__doc__, allow_abbrev=False
-        )
+        own = subparsers.add_parser(command.NAME, help=command.SUMMARY, description=command.__doc__, allow_abbrev=False)
         # A flag after the command must not reset the one before it, so here it has no default.
         _add_common(own, argparse.SUPPRESS)
         command.add_arguments(own)
@@ -124,10 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _report(str(error))
         return USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             traceback.print_exc()
-        print("\ngoslet: interrupted", file=sys.stderr, flush=True)
+        detail = f"; {error}" if str(error) else ""
+        start = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # after the terminal's ^C
+        print(f"{start}goslet: interrupted{detail}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted.

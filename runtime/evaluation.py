@@ -40,15 +40,13 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate_text(
-    engine: Engine, text: str, *, progress: Callable[[int, int], None] | None = None
-) -> Evaluation:
+def evaluate_text(engine: Engine, text: str, *, progress: Callable[[str, int, int], None] | None = None) -> Evaluation:
     """Predict every token of a text from all that comes before it, with one state carried from end to end.
 
     Args:
         engine: an engine with a tokenizer.
         text: what to predict.
-        progress: called with the tokens done and the tokens in all.
+        progress: called with the stage's name, the tokens done and the tokens in all.
 
     Raises:
         TokenizerError: the engine has no tokenizer.
@@ -70,12 +68,14 @@ def evaluate_text(
     elif tokens:
         uncounted_bytes = len(tokenizer.decode_bytes(tokens[:1]))
     if len(tokens) < 2:
-        raise InputError("there is no token to predict", place="text", expected="a longer text", found=f"{n_bytes} bytes")
+        raise InputError(
+            "there is no token to predict", place="text", expected="a longer text", found=f"{n_bytes} bytes"
+        )
     nats = _negative_log_likelihood(engine, tokens, progress)
     counted_bytes, counted_tokens = n_bytes - uncounted_bytes, len(tokens) - 1
     return Evaluation(
         bits_per_byte=nats / math.log(2) / counted_bytes,
-        perplexity=math.exp(nats / counted_tokens),
+        perplexity=float(np.exp(nats / counted_tokens)),
         tokens=counted_tokens,
         bytes=counted_bytes,
         uncounted_bytes=uncounted_bytes,
@@ -83,7 +83,7 @@ def evaluate_text(
 
 
 def _negative_log_likelihood(
-    engine: Engine, tokens: list[int], progress: Callable[[int, int], None] | None
+    engine: Engine, tokens: list[int], progress: Callable[[str, int, int], None] | None
 ) -> float:
     """The sum over tokens[1:] of -ln p(token | all before it), in float64."""
     session = engine.session()
@@ -107,5 +107,5 @@ def _negative_log_likelihood(
         np.exp(logits, out=logits)
         nats += float((np.log(logits.sum(axis=1)) + top[:, 0] - targets).sum())
         if progress is not None:
-            progress(end, n_targets)
+            progress("evaluating", end, n_targets)
     return nats

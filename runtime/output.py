@@ -52,7 +52,7 @@ def _resolve_output(path: Path, overwrite: bool) -> str:
         folder = os.path.dirname(target)
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise OutputError("its folder is a file", file=shown, found=folder, remedy="choose another folder")
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise _output_error(error, shown) from error

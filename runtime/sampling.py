@@ -62,11 +62,12 @@ def _number(option: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _whole_number(option: str, value: Any, low: int, high: int) -> int:
+def _whole_number(option: str, value: Any, high: float = math.inf) -> int:
+    expected = "0 or more" if high == math.inf else f"0 to {high}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputError("is not a whole number", place=option, expected=f"{low} to {high}", found=repr(value))
-    if not low <= value <= high:
-        raise InputError("is out of range", place=option, expected=f"{low} to {high}", found=value)
+        raise InputError("is not a whole number", place=option, expected=expected, found=repr(value))
+    if not 0 <= value <= high:
+        raise InputError("is out of range", place=option, expected=expected, found=value)
     return int(value)
 
 
@@ -102,19 +103,19 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         clean: dict[str, Any] = {
             "temperature": _number("temperature", self.temperature, 0, MAX_ADJUSTMENT),
-            "top_k": _whole_number("top_k", self.top_k, 0, MAX_SEED),
+            "top_k": _whole_number("top_k", self.top_k),
             "top_p": _number("top_p", self.top_p, 0, 1),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -MAX_ADJUSTMENT, MAX_ADJUSTMENT),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -MAX_ADJUSTMENT, MAX_ADJUSTMENT),
             "penalty_decay": _number("penalty_decay", self.penalty_decay, 0, 1),
-            "seed": None if self.seed is None else _whole_number("seed", self.seed, 0, MAX_SEED),
+            "seed": None if self.seed is None else _whole_number("seed", self.seed, MAX_SEED),
             "stop": _stop_texts(self.stop),
         }
         if not isinstance(self.logit_bias, Mapping):
             raise InputError("is not a mapping", place="logit_bias", expected="{token: bias}", found=self.logit_bias)
         bias = {}
         for token, value in self.logit_bias.items():
-            key = _whole_number("logit_bias token", token, 0, MAX_SEED)
+            key = _whole_number("logit_bias token", token)
             place = f"logit_bias[{key}]"
             bias[key] = -math.inf if value == -math.inf else _number(place, value, -MAX_ADJUSTMENT, MAX_ADJUSTMENT)
         clean["logit_bias"] = MappingProxyType(bias)
@@ -303,24 +304,25 @@ class StopMatcher:
         stop: texts to look for, none of them empty.
 
     Attributes:
+        held: what is held back now.
         matched: the stop text that was found, or None; after a match no more text comes out.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = _stop_texts(stop)
-        self._held = ""
+        self.held = ""
         self.matched: str | None = None
 
     def feed(self, piece: str) -> str:
         """Take the next piece of text and return what is safe to emit, which never contains a stop text."""
         if self.matched is not None:
             return ""
-        text = self._held + piece
+        text = self.held + piece
         ends = ((start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0)
         first = min(ends, default=None)
         if first is not None:
             _, start, self.matched = first
-            self._held = ""
+            self.held = ""
             return text[:start]
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
@@ -328,10 +330,10 @@ class StopMatcher:
                 break
         else:
             length = 0
-        self._held = text[len(text) - length :]
+        self.held = text[len(text) - length :]
         return text[: len(text) - length]
 
     def flush(self) -> str:
         """What is still held back, at the end of the text."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held

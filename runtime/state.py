@@ -166,13 +166,11 @@ class State:
             self._check_layout_version(_count(spec_json, "layout_version"), path)
             self._check_layout(StateSpec.from_json(spec_json), path)
             tokens_seen = _count(header, "tokens_seen")
-            # A copy, which nobody can change between the check and its use.
-            values = np.array(_float32(container.section("state"), self.spec.size_bytes), dtype=np.float32)
-        ends = np.cumsum([tensor.n_elements for tensor in self.spec.tensors])
-        parts = dict(zip(self.front, np.split(values, ends[:-1]), strict=True))
-        _check_finite(parts.items(), path)
-        for name, view in self.front.items():
-            view[...] = parts[name].reshape(view.shape)
+            # A copy, which nobody can change between the check and its use; taken over in one uninterrupted call.
+            staged = _allocate(self.spec)
+            _fill(_views(self.spec, staged), container.section("state"), self.spec.size_bytes)
+        _check_finite(_views(self.spec, staged).items(), path)
+        self.front_buffer.copy_from(staged)
         self.tokens_seen = tokens_seen
 
     def _check_model(self, model_id: str, file: Path | None) -> None:
@@ -252,9 +250,13 @@ def _count(header: Mapping[str, object], key: str) -> int:
     return value
 
 
-def _float32(section: memoryview, size_bytes: int) -> NDArray[np.float32]:
+def _fill(tensors: Tensors, section: memoryview, size_bytes: int) -> None:
     if section.nbytes != size_bytes:
         raise HeaderError(
             "has a wrong length", place="section state", expected=f"{size_bytes} bytes", found=f"{section.nbytes} bytes"
         )
-    return np.frombuffer(section, dtype="<f4")
+    values = np.frombuffer(section, dtype="<f4")
+    begin = 0
+    for view in tensors.values():
+        view[...] = values[begin : begin + view.size].reshape(view.shape)
+        begin += view.size

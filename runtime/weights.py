@@ -33,13 +33,15 @@ SCALE_BYTES = 2
 # Numbers that are worked on at once: few enough that a block and its temporaries stay in a core's cache.
 _BLOCK_NUMBERS = 1 << 16
 _SMALLEST_SCALE = np.float32(2.0**-24)
+_LARGEST_SCALE = np.float32(65504)
 _SMALLEST_NORMAL_SCALE = np.float32(2.0**-14)
 # int4 scales that are tried, as divisors of a group's largest magnitude, beside the plain 7. Above 8 some numbers are
 # clipped, which pays in a group with one outlier. On normal, t(5) and uniform numbers these 15 come within 0.5% of the
 # root-mean-square error of 53 divisors from 5.5 to 12.
 _INT4_DIVISORS = (6.2, 6.5, 6.75, 7.2, 7.4, 7.6, 7.8, 8.0, 8.2, 8.4, 8.7, 9.0, 9.5, 10.2, 11.0)
-# A candidate must be better by more than the rounding of the sums, so that the chosen one is never worse than plain.
-_MARGIN = np.float32(1 - 1e-5)
+# A candidate must be better by more than the rounding of both sums (128 terms and 2 roundings each, 2 x 130 x 2^-24),
+# so that the chosen one is never worse than plain.
+_MARGIN = np.float32(1 - 2e-5)
 # Byte -> its two signed nibbles, low first.
 _NIBBLES = (((np.arange(256)[:, None] >> np.array([0, 4])) & 15 ^ 8) - 8).astype(np.int8)
 
@@ -330,11 +332,15 @@ def _quantize(matrix: Float32Array, rows: slice, fmt: WeightFormat, name: str) -
 
 
 def _round_scales(scales: Float32Array) -> Float16Array:
-    """The nearest fp16, but the next larger one where fp16 is subnormal and its relative error could be any."""
+    """The nearest fp16, but the next larger one where fp16 is subnormal and its relative error could be any.
+
+    The least result is 2^-24, the smallest positive fp16, also for a scale that is 0 in float32.
+    """
     with np.errstate(over="ignore"):
         rounded = scales.astype(np.float16)
     low = (scales < _SMALLEST_NORMAL_SCALE) & (rounded.astype(np.float32) < scales)
     rounded[low] = np.nextafter(rounded[low], np.float16(1))
+    rounded[rounded == 0] = _SMALLEST_SCALE
     return rounded
 
 
@@ -350,7 +356,8 @@ def _search_int4(w: Float32Array, amax: Float32Array, plain: Float32Array, buffe
     best: Float32Array = plain.copy()
     least = _squared_error(w, plain, buffer)
     for divisor in _INT4_DIVISORS:
-        scales = np.maximum((amax / np.float32(divisor)).astype(np.float16).astype(np.float32), _SMALLEST_SCALE)
+        wanted = np.clip(amax / np.float32(divisor), _SMALLEST_SCALE, _LARGEST_SCALE)
+        scales = wanted.astype(np.float16).astype(np.float32)
         error = _squared_error(w, scales, buffer)
         better = error < least * _MARGIN
         best = np.where(better, scales, best)
@@ -426,7 +433,7 @@ def quantized_values(encoded: EncodedWeight) -> Int8Array:
 
 
 def _unpack(data: ByteArray, k: int) -> Int8Array:
-    values: Int8Array = _NIBBLES[data].reshape(data.shape[0], -1)[:, :k]
+    values: Int8Array = _NIBBLES[data].reshape(data.shape[0], 2 * data.shape[1])[:, :k]
     return values
 
 

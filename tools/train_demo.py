@@ -17,6 +17,7 @@ steps. Ctrl-C, or a SIGTERM, saves and stops. A resumed run, or an export, takes
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_model import END_OF_TEXT, END_OF_TEXT_ID, DemoConfig, DemoModel, State, score_text
+from demo_workers import AdamW, Crew, Muon, Piece, share
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -113,6 +115,27 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text).ids, dtype=np.uint16)
 
 
+def encode_all(tokenizer: Tokenizer, texts: list[str], cache: Path) -> list[np.ndarray]:
+    """Token ids of every text, kept in ``cache`` (.npz) for the next run with the same tokenizer and texts."""
+    digest = hashlib.sha256(tokenizer.to_str().encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+    key = digest.hexdigest()
+    if cache.exists():
+        with np.load(cache) as saved:
+            if str(saved["key"]) == key:
+                return [saved[f"text{i}"] for i in range(len(texts))]
+    found = [encode(tokenizer, text) for text in texts]
+    arrays = {f"text{i}": ids for i, ids in enumerate(found)}
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, key=np.array(key), **arrays)
+
+    write_atomically(cache, write)
+    return found
+
+
 class Reader:
     """Lanes that read on through the corpus.
 
@@ -166,80 +189,27 @@ class Reader:
 # --- optimiser --------------------------------------------------------------------------------------------------------
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration of Muon (Jordan 2024) on [M, rows, columns], rows <= columns: U S V^T -> about U V^T.
-
-    Each step is X <- (a I + b A + c A^2) X with A = X X^T. The polynomials commute, so they are gathered in the small
-    Gram matrices and X is multiplied once, at the end.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    gram = x @ x.mT
-    eye = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    gathered: Tensor | None = None
-    for step in range(steps):
-        factor = a * eye + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        gathered = factor if gathered is None else factor @ gathered
-        if step + 1 < steps:
-            gram = factor @ gram @ factor
-            gram = (gram + gram.mT) / 2
-    return x if gathered is None else gathered @ x
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized; for hidden matrices. Equal shapes (or transposed) are done in one batch."""
-
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.05) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])
-                update = update if update.shape[0] <= update.shape[1] else update.mT
-                by_shape.setdefault(tuple(update.shape), []).append((p, update))
-            for members in by_shape.values():
-                updates = orthogonalize(torch.stack([update for _, update in members]))
-                for (p, _), update in zip(members, updates, strict=True):
-                    rows, columns = p.shape
-                    scale = math.sqrt(max(1.0, rows / columns))
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update if rows <= columns else update.mT, alpha=-group["lr"] * scale)
-
-
-def make_optimizers(model: DemoModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the square and feed-forward matrices; AdamW for embedding, head, low-rank paths and vectors."""
-    hidden, embedding, head, low_rank, vectors = [], [], [], [], []
+def make_pieces(model: DemoModel, lr_muon: float, lr_adam: float) -> list[Piece]:
+    """Muon for the square and feed-forward matrices, a piece a layer; AdamW for the rest."""
+    hidden: list[dict[str, Tensor]] = [{} for _ in model.blocks]
+    low_rank: dict[str, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
-        if name == "emb.weight":
-            embedding.append(p)
-        elif name == "head.weight":
-            head.append(p)
-        elif name.startswith("blocks.") and name.endswith(".weight") and p.ndim == 2:
-            hidden.append(p)
+        if name in ("emb.weight", "head.weight"):
+            continue
+        if p.ndim == 2 and name.endswith(".weight"):
+            hidden[int(name.split(".")[1])][name] = p
         elif p.ndim == 2 and not name.endswith("r_k"):
-            low_rank.append(p)
+            low_rank[name] = p
         else:
-            vectors.append(p)
-    scale = args.lr_adam
-    groups = [
-        {"params": embedding, "lr": 2.0 * scale, "weight_decay": 0.0},
-        {"params": head, "lr": 1.0 * scale, "weight_decay": 0.01},
-        {"params": low_rank, "lr": 0.7 * scale, "weight_decay": 0.0},
-        {"params": vectors, "lr": 0.7 * scale, "weight_decay": 0.0},
+            vectors[name] = p
+    pieces: list[Piece] = [Muon(layer, lr_muon, 0.05) for layer in hidden]
+    return [
+        *pieces,
+        AdamW({"emb.weight": model.emb.weight}, 2.0 * lr_adam, 0.0),
+        AdamW({"head.weight": model.head.weight}, lr_adam, 0.01),
+        AdamW({**low_rank, **vectors}, 0.7 * lr_adam, 0.0),
     ]
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-12)
-    optimizers: list[torch.optim.Optimizer] = [Muon(hidden, lr=args.lr_muon), adam]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
 
 
 def schedule(progress: float, warmup: float, hold: float) -> float:
@@ -278,17 +248,17 @@ def export(folder: Path, model: DemoModel, tokenizer: Tokenizer, record: dict[st
     write_atomically(folder / "training.json", lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def hardware(device: torch.device) -> str:
+def hardware(device: torch.device, workers: int) -> str:
     """The machine in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, float32"
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         named = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = named[0] if named else name
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"CPU {name}, {torch.get_num_threads()} threads on {os.cpu_count()} cores, {instructions}"
+    return f"CPU {name}, {workers} single-threaded processes on {os.cpu_count()} shared cores, {instructions}"
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -305,6 +275,8 @@ class Progress:
 
 
 class Trainer:
+    """A run: the corpus, the model and the optimiser's pieces in shared memory, and the crew that works on them."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device(args.device)
@@ -313,45 +285,92 @@ class Trainer:
         path = self.work / "tokenizer.json"
         if not path.exists():
             log(f"training a tokenizer of {args.vocab} tokens")
-            parts = (part for text in self.corpus for part in paragraphs(text.train, SHARES.get(text.name, 1.0)))
-            made = train_tokenizer(parts, args.vocab)
+            sources = (part for text in self.corpus for part in paragraphs(text.train, SHARES.get(text.name, 1.0)))
+            made = train_tokenizer(sources, args.vocab)
             write_atomically(path, lambda p: made.save(str(p)))
         self.tokenizer = Tokenizer.from_file(str(path))
-        tokens = [np.append(encode(self.tokenizer, text.train), np.uint16(END_OF_TEXT_ID)) for text in self.corpus]
-        self.token_counts = [len(t) for t in tokens]
-        shares = [SHARES.get(text.name, 1.0) for text in self.corpus]
         self.held_out = [text for text in self.corpus if text.held_out]
+        parts = [text.train for text in self.corpus] + [text.held_out for text in self.held_out]
+        encoded = encode_all(self.tokenizer, parts, self.work / "tokens.npz")
+        tokens = [np.append(ids, np.uint16(END_OF_TEXT_ID)) for ids in encoded[: len(self.corpus)]]
+        self.token_counts = [len(ids) for ids in tokens]
+        self.held_out_tokens = [torch.from_numpy(ids.astype(np.int64)) for ids in encoded[len(self.corpus) :]]
         torch.manual_seed(args.seed)
         config = DemoConfig(
             vocab=self.tokenizer.get_vocab_size(), width=args.width, layers=args.layers, rank_g=args.rank_gate
         )
         self.model = DemoModel(config).to(self.device)
-        self.optimizers = make_optimizers(self.model, args)
-        self.state: State = self.model.zero_state(args.lanes)
+        self.pieces = make_pieces(self.model, args.lr_muon, args.lr_adam)
         self.progress = Progress()
         seed = args.seed
         if args.resume or args.export_only:
             seed += self.load()
+        shares = [SHARES.get(text.name, 1.0) for text in self.corpus]
         self.reader = Reader(tokens, shares, args.lanes, args.length, args.mean_steps, seed)
-        self.loss_of = torch.compile(self._loss, dynamic=False) if args.compile else self._loss
+        self._share()
+        self.crew = Crew(args.workers, {"read": self._read, "update": self._update, "check": self._check})
+        self.crew.start()
         self.stop = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
+    def _share(self) -> None:
+        """Lay out what the processes share: weights, optimiser, one gradient a process, batch, states and results."""
+        params = dict(self.model.named_parameters())
+        size = sum(p.numel() for p in params.values())
+        self.flat = [torch.zeros(size, device=self.device) for _ in range(self.args.workers)]
+        self.grads: list[dict[str, Tensor]] = []
+        for flat in self.flat:
+            parts = flat.split([p.numel() for p in params.values()])
+            self.grads.append({name: part.view_as(params[name]) for name, part in zip(params, parts, strict=True)})
+        self.batch = torch.zeros(self.args.lanes, self.args.length + 1, dtype=torch.int64, device=self.device)
+        self.fresh = torch.ones(self.args.lanes, dtype=torch.bool, device=self.device)
+        self.state: State = self.model.zero_state(self.args.lanes)
+        self.losses = torch.zeros(self.args.lanes, dtype=torch.float64)
+        self.checks = torch.zeros(max(1, len(self.held_out)), dtype=torch.float64)
+        self.factor = torch.zeros(2, dtype=torch.float64)  # share of the peak rate; number of this update
+        memory = [tensor for piece in self.pieces for tensor in piece.memory.values()]
+        share([p.data for p in params.values()] + memory + self.flat + list(self.state))
+        share([self.batch, self.fresh, self.losses, self.checks, self.factor])
+
     def _ask_to_stop(self, *_: object) -> None:
         self.stop = True
 
-    def _loss(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    # jobs: run by any process of the crew
+
+    def _read(self, rank: int, number: int) -> None:
+        """Forward and backward of one group of lanes; adds to this process's gradient."""
+        lanes = slice(number * self.args.group, (number + 1) * self.args.group)
+        for name, p in self.model.named_parameters():
+            p.grad = self.grads[rank][name]
+        tokens = self.batch[lanes]
+        state = State(*(part[:, lanes] for part in self.state)).reset_lanes(self.fresh[lanes])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            logits, state = self.model(tokens[:, :-1], state, self.args.chunk)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()), state
+            logits, last = self.model(tokens[:, :-1], state, self.args.chunk)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        loss = loss / (self.args.lanes * self.args.length)
+        loss.backward()
+        for shared, part in zip(self.state, last.detach(), strict=True):
+            shared[:, lanes] = part
+        self.losses[number] = float(loss.detach())
+
+    def _update(self, rank: int, number: int) -> None:
+        """Update of one piece, from the summed gradient."""
+        self.pieces[number].step(self.grads[0], float(self.factor[0]), int(self.factor[1]))
+
+    def _check(self, rank: int, number: int) -> None:
+        """Nats on one book's held-out pages."""
+        self.checks[number] = score_text(self.model, self.held_out_tokens[number], chunk=self.args.chunk)
+
+    # the main process
 
     def load(self) -> int:
-        """Restore weights, optimisers and counters; returns the steps done (the pages are drawn anew from there)."""
+        """Restore weights, optimiser and counters; returns the steps done (the pages are drawn anew from there)."""
         saved = torch.load(self.work / CHECKPOINT, map_location=self.device, weights_only=True)
         self.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        for piece in self.pieces:
+            for name, tensor in piece.memory.items():
+                tensor.copy_(saved["memory"][name])
         self.progress = Progress(**saved["progress"])
         log(f"resumed at step {self.progress.steps}, {self.progress.seconds / 60:.1f} minutes")
         return self.progress.steps
@@ -359,19 +378,19 @@ class Trainer:
     def save(self) -> None:
         saved = {
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "memory": {name: tensor for piece in self.pieces for name, tensor in piece.memory.items()},
             "progress": vars(self.progress),
         }
         write_atomically(self.work / CHECKPOINT, lambda p: torch.save(saved, p))
 
     def validate(self) -> float:
         """Bits per byte on the held-out pages, each book's end read from a zero state; NaN where none are held out."""
-        nats, size = 0.0, 0
-        for text in self.held_out:
-            ids = torch.from_numpy(encode(self.tokenizer, text.held_out).astype(np.int64))
-            nats += score_text(self.model, ids, chunk=self.args.chunk)
-            size += len(text.held_out.encode("utf-8"))
-        return nats / math.log(2) / size if size else math.nan
+        if not self.held_out:
+            return math.nan
+        self.crew.run("check", len(self.held_out))
+        return (
+            float(self.checks.sum()) / math.log(2) / sum(len(text.held_out.encode("utf-8")) for text in self.held_out)
+        )
 
     def done(self) -> float:
         """Share of the budget that is used up, by minutes or by steps."""
@@ -411,7 +430,7 @@ class Trainer:
             "tokens": self.progress.tokens,
             "minutes": round(self.progress.seconds / 60, 1),
             "budget_done": round(min(1.0, self.done()), 4),
-            "hardware": hardware(self.device),
+            "hardware": hardware(self.device, self.args.workers),
             "torch": torch.__version__,
             "settings": {name: getattr(self.args, name) for name in settings},
             "final_train_loss_nats_per_token": round(self.progress.train_loss, 4),
@@ -419,26 +438,29 @@ class Trainer:
         }
 
     def step(self) -> float:
-        """One batch: forward, backward, both optimisers. Returns the loss in nats per token."""
-        factor = schedule(self.done(), self.args.warmup, self.args.hold)
-        tokens, fresh = (x.to(self.device) for x in self.reader.next())
-        loss, state = self.loss_of(tokens, self.state.reset_lanes(fresh))
-        self.state = state.detach()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        value = float(loss.detach())
-        if math.isfinite(value) and bool(norm.isfinite()):
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
-                optimizer.step()
+        """One batch: forward and backward, then the update. Returns the loss in nats per token."""
+        tokens, fresh = self.reader.next()
+        self.batch.copy_(tokens)
+        self.fresh.copy_(fresh)
+        for flat in self.flat:
+            flat.zero_()
+        groups = self.args.lanes // self.args.group
+        self.crew.run("read", groups)
+        total = self.flat[0]
+        for flat in self.flat[1:]:
+            total += flat
+        value, norm = float(self.losses[:groups].sum()), float(total.norm())
+        if math.isfinite(value) and math.isfinite(norm):
+            total *= min(1.0, self.args.clip / (norm + 1e-6))
+            self.factor[0] = schedule(self.done(), self.args.warmup, self.args.hold)
+            self.factor[1] = self.progress.steps + 1
+            self.crew.run("update", len(self.pieces))
         else:
-            log(f"step {self.progress.steps}: loss {value}, gradient norm {float(norm)}; skipped")
-            self.state = self.model.zero_state(self.args.lanes)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            log(f"step {self.progress.steps}: loss {value}, gradient norm {norm}; skipped")
+            for part in self.state:
+                part.zero_()
         self.progress.steps += 1
-        self.progress.tokens += tokens[:, 1:].numel()
+        self.progress.tokens += fresh.numel() * self.args.length
         return value
 
     def run(self) -> float:
@@ -446,7 +468,7 @@ class Trainer:
         args, progress = self.args, self.progress
         log(
             f"{sum(p.numel() for p in self.model.parameters()):,} parameters; "
-            f"{sum(self.token_counts):,} tokens in the corpus; {hardware(self.device)}"
+            f"{sum(self.token_counts):,} tokens in the corpus; {hardware(self.device, self.args.workers)}"
         )
         last = saved_at = checked_at = time.monotonic()
         while self.done() < 1 and not self.stop:
@@ -504,7 +526,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hold", type=float, default=0.35, help="share of the budget after which the learning rate falls")
     add("--clip", type=float, default=1.0)
     add("--seed", type=int, default=7)
-    add("--threads", type=int, default=2)
+    add("--workers", type=int, default=2, help="processes, of one thread each; 1 on CUDA")
+    add("--group", type=int, default=2, help="lanes in one job; divides --lanes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add(
         "--precision",
@@ -512,23 +535,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="f32",
         help="of the weights' products; bf16 is quicker where the processor knows it (AVX512-BF16, AMX, CUDA)",
     )
-    add("--compile", action="store_true", help="torch.compile the forward and backward pass (needs a C++ compiler)")
     add("--log-every", type=int, default=20)
     add("--save-minutes", type=float, default=5.0)
     add("--check-minutes", type=float, default=10.0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.lanes % args.group:
+        parser.error(f"--group {args.group} does not divide --lanes {args.lanes}")
+    if args.device != "cpu":
+        args.workers, args.group = 1, args.lanes
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # forked processes inherit no threads
     args.work.mkdir(parents=True, exist_ok=True)
     try:
         trainer = Trainer(args)
     except FileNotFoundError as error:
         print(f"train_demo: {error}", file=sys.stderr)
         return 1
-    validation = trainer.validate() if args.export_only else trainer.run()
+    try:
+        validation = trainer.validate() if args.export_only else trainer.run()
+    finally:
+        trainer.crew.stop()
     export(args.work / "export", trainer.model, trainer.tokenizer, trainer.record(validation))
     log(f"exported to {args.work / 'export'}")
     return 0

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...errors import MissingTensorError
 from ...spec import ModelSpec, StateSpec
 
 Shape = tuple[int, ...]
@@ -65,6 +66,26 @@ class TensorRule:
 def squeezed(shape: Sequence[int]) -> Shape:
     """A shape without its axes of size 1, and at least one axis long."""
     return tuple(size for size in shape if size != 1) or (1,)
+
+
+def count_layers(shapes: Shapes) -> int:
+    """Blocks of a checkpoint, by its tensors' names.
+
+    Raises:
+        MissingTensorError: blocks are not numbered from 0 without a gap.
+    """
+    found = {part for name in shapes if name.startswith("blocks.") and (part := name.split(".")[1]).isdecimal()}
+    n_layer = len(found)
+    absent = [str(layer) for layer in range(n_layer) if str(layer) not in found]
+    if absent or not n_layer:
+        raise MissingTensorError(
+            "the checkpoint lacks a block",
+            place=f"blocks.{absent[0] if absent else 0}",
+            expected="blocks numbered from 0 without a gap",
+            found=f"block {max(found, key=len)[:40]}" if found else "no block",
+            remedy="the file is incomplete or damaged",
+        )
+    return n_layer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ...errors import CheckpointError, MissingTensorError, TensorShapeError
 from ...spec import ModelSpec, StateSpec, StateTensor
-from .blocks import Kind, Operator, Ops, Shape, Shapes, TensorRule, head_norm, layer_norm, lerp
+from .blocks import Kind, Operator, Ops, Shape, Shapes, TensorRule, count_layers, head_norm, layer_norm, lerp
 
 NAME = "7"
 NORM_EPS = 64e-5
@@ -92,20 +92,20 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
 
     Raises:
         MissingTensorError, TensorShapeError: a tensor that tells a dimension is absent or has the wrong rank.
-        CheckpointError: heads do not divide the width.
+        CheckpointError: heads do not make up the width, or blocks are not numbered from 0 without a gap.
     """
     vocab_size, n_embd = _shape(shapes, "emb.weight", 2)
-    indices = {int(part) for name in shapes if name.startswith("blocks.") and (part := name.split(".")[1]).isdigit()}
+    n_layer = count_layers(shapes)
     n_head, head_size = _shape(shapes, "blocks.0.att.r_k", 2)
     if n_head * head_size != n_embd:
         raise CheckpointError(
             "heads do not make up the width", place="blocks.0.att.r_k", expected=f"{n_embd} numbers", found=[n_head, head_size]
         )
-    letters = "wavg" if len(indices) > 1 else "wag"
+    letters = "wavg" if n_layer > 1 else "wag"
     ranks = {letter: _shape(shapes, f"blocks.{int(letter == 'v')}.att.{letter}1", 2)[1] for letter in letters}
     return ModelSpec(
         version=NAME,
-        n_layer=max(indices) + 1,
+        n_layer=n_layer,
         n_embd=n_embd,
         n_ffn=_shape(shapes, "blocks.0.ffn.key.weight", 2)[0],
         head_size=head_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -17,25 +18,22 @@ _REDRAW_S = 0.1
 class Progress:
     """A counter on one line of stderr; silent where stderr is not a terminal.
 
-    Use it as a context, and call it with what is done and the total; leaving the context clears the line.
+    Use it as a context, and call it with the stage, what is done and the total; leaving the context clears the line.
     """
 
-    def __init__(self, label: str, enabled: bool) -> None:
-        self._label = label
+    def __init__(self, enabled: bool) -> None:
+        self._stage = ""
         self._enabled = enabled and sys.stderr is not None and sys.stderr.isatty()
         self._drawn_s = 0.0
         self._width = 0
 
-    def __call__(self, done: int, total: int, label: str | None = None) -> None:
-        """Show `done` of `total`, at most ten times a second."""
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show `done` of `total` of a stage, at most ten times a second."""
         now_s = time.monotonic()
-        changed = label is not None and label != self._label
-        if not self._enabled or (now_s - self._drawn_s < _REDRAW_S and not changed):
+        if not self._enabled or (now_s - self._drawn_s < _REDRAW_S and stage == self._stage):
             return
-        self._drawn_s = now_s
-        self._label = label or self._label
-        share = f"{100 * done // total:3d}%" if total else ""
-        self._draw(f"{share} {self._label} ({done:,} of {total:,})")
+        self._drawn_s, self._stage = now_s, stage
+        self._draw(f"{stage} {100 * done // max(1, total):3d}% ({done:,} of {total:,})")
 
     def _draw(self, text: str) -> None:
         text = text[: max(0, shutil.get_terminal_size().columns - 1)]
@@ -46,7 +44,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._width:
             self._draw("")
 
@@ -67,7 +67,9 @@ class Interruption:
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._active:
             signal.signal(signal.SIGINT, self._before)
 
@@ -92,25 +94,30 @@ class Console:
         print(text)
 
     def json(self, value: dict[str, Any]) -> None:
-        """Write one JSON object to stdout; ASCII only, so that any locale can show it."""
-        print(json.dumps(value, indent=2, allow_nan=False))
+        """Write one JSON object to stdout; ASCII only, so that any locale can show it; NaN and infinity are null."""
+        print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
     def note(self, text: str) -> None:
         """Write a line about the work to stderr, unless quiet."""
         if not self.quiet:
             print(f"goslet: {text}", file=sys.stderr, flush=True)
 
-    def progress(self, label: str) -> Progress:
+    def progress(self) -> Progress:
         """A counter on stderr, unless quiet."""
-        return Progress(label, enabled=not self.quiet)
+        return Progress(enabled=not self.quiet)
 
 
 def readable_size(size_bytes: float) -> str:
     """A size for people: ``"640 bytes"``, ``"1.5 MB"`` (decimal units)."""
     if size_bytes < 1000:
         return f"{size_bytes:.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        size_bytes /= 1000
-        if size_bytes < 999.5:
-            break
-    return f"{size_bytes:.3g} {unit}"
+    power = next((power for power in (1, 2) if size_bytes < 999.5 * 1000**power), 3)
+    return f"{size_bytes / 1000**power:.3g} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

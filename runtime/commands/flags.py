@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ..errors import InputError
+from ..errors import InputError, OutputError
+from ..output import check_output
 from ..sampling import SamplingOptions
+from ..session import Engine
+from ..session import open_engine as open_file
+from ..state import STATE_FILE_MAGIC
 
 _SAMPLING_OPTIONS = (
     "temperature",
@@ -44,9 +48,15 @@ def whole_number(low: int) -> Callable[[str], int]:
 
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     """--backend, --device and --threads."""
-    parser.add_argument("--backend", choices=("native", "ort", "trt"), help="what runs the steps (default: what is here)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they run (default: %(default)s)")
-    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="CPU threads (default: the physical cores)")
+    parser.add_argument(
+        "--backend", choices=("native", "ort", "trt"), help="what runs the steps (default: what is here)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where they run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=whole_number(1), metavar="N", help="CPU threads (default: the physical cores)"
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +66,19 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--temperature", type=float, default=default.temperature, metavar="T", help="0 is greedy (default: %(default)g)"
     )
-    group.add_argument("--top-k", type=int, default=default.top_k, metavar="K", help="keep the K likeliest tokens (0: all)")
+    group.add_argument(
+        "--top-k", type=int, default=default.top_k, metavar="K", help="keep the K likeliest tokens (0: all)"
+    )
     group.add_argument(
         "--top-p", type=float, default=default.top_p, metavar="P", help="keep the likeliest tokens up to P (1: all)"
     )
     group.add_argument("--seed", type=int, metavar="S", help="draw the same text again")
     group.add_argument(
-        "--presence-penalty", type=float, default=0.0, metavar="X", help="lower the logit of tokens already written by X"
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="lower the logit of tokens already written by X",
     )
     group.add_argument(
         "--frequency-penalty", type=float, default=0.0, metavar="X", help="and by X for every time they were written"
@@ -96,14 +112,24 @@ def sampling_options(args: argparse.Namespace, *more_stops: str) -> SamplingOpti
         ) from error
 
 
-def text_argument(flag: str, text: str) -> str:
-    """A text from the command line, which must have been UTF-8 or in the locale's encoding.
+def open_engine(args: argparse.Namespace) -> Engine:
+    """Open ENGINE as `add_backend_flags` says."""
+    return open_file(args.engine, backend=args.backend, device=args.device, threads=args.threads)
+
+
+def check_state_output(path: str) -> None:
+    """Fail before the work if a state could not be saved there, or if that would replace a file of another kind.
 
     Raises:
-        UsageError: it holds bytes that are neither.
+        OutputError: the file is something other than a state, or cannot be written.
     """
+    check_output(path, overwrite=True)
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{flag}: is not valid text in this locale's encoding (at character {error.start})") from error
-    return text
+        with open(path, "rb") as file:
+            found = file.read(len(STATE_FILE_MAGIC))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"cannot be read: {error.strerror}", file=path, remedy="choose another name") from error
+    if found != STATE_FILE_MAGIC:
+        raise OutputError("exists and is not a state file", file=path, remedy="choose another name")

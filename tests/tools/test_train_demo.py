@@ -25,7 +25,8 @@ def tool(name: str) -> ModuleType:
         sys.path.remove(str(TOOLS))
 
 
-demo_model, train_demo, demo_figure = tool("demo_model"), tool("train_demo"), tool("demo_figure")
+demo_model, demo_workers = tool("demo_model"), tool("demo_workers")
+train_demo, demo_figure = tool("train_demo"), tool("demo_figure")
 
 NAMES = ["r", "log_w", "k", "v", "z", "b", "state"]
 
@@ -181,7 +182,7 @@ def test_export_has_the_official_names_and_shapes(tmp_path: Path, tokenizer) -> 
 
 def test_orthogonalize_flattens_singular_values() -> None:
     matrices = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(train_demo.orthogonalize(matrices))
+    values = torch.linalg.svdvals(demo_workers.orthogonalize(matrices))
     assert values.min() > 0.6 and values.max() < 1.3
 
 
@@ -221,7 +222,7 @@ def test_training_lowers_the_loss_and_resumes(tmp_path: Path) -> None:
     (books / "toy.txt").write_text(TEXT, encoding="utf-8")
     work = tmp_path / "work"
     common = ["--text", str(tmp_path / "text"), "--work", str(work), "--width", "64", "--layers", "2", "--vocab", "300"]
-    common += ["--lanes", "2", "--length", "32", "--threads", str(torch.get_num_threads()), "--device", "cpu"]
+    common += ["--lanes", "2", "--length", "32", "--group", "1", "--device", "cpu"]
     handlers = [train_demo.signal.getsignal(s) for s in (train_demo.signal.SIGINT, train_demo.signal.SIGTERM)]
     try:
         assert train_demo.main([*common, "--steps", "12"]) == 0

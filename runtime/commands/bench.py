@@ -1,0 +1,46 @@
+"""Measure how fast an engine runs on this machine.
+
+Decoding is limited by reading the weights, so the speed is also given as a share of the memory's bandwidth, which is
+measured in the same run on as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..benchmark import Benchmark, available_cores, run_benchmark
+from .console import Console, readable_size
+from .flags import add_backend_flags, open_engine
+
+NAME = "bench"
+SUMMARY = "measure how fast an engine runs here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("engine", metavar="ENGINE", help="an engine file, from goslet export")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+    add_backend_flags(parser)
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Run the command."""
+    args.threads = args.threads or available_cores()
+    with open_engine(args) as engine, console.progress() as progress:
+        result = run_benchmark(engine, threads=args.threads, progress=progress)
+    if args.json:
+        console.json(result.to_json())
+    else:
+        _show(result, console)
+    return 0
+
+
+def _show(result: Benchmark, console: Console) -> None:
+    machine = result.machine
+    console.line(f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, backend {result.backend}")
+    for name, rate in (("decode", result.tokens_per_s), ("prefill", result.prefill_tokens_per_s)):
+        console.line(f"{name:<9} {rate.median:.1f} tokens/s (5% {rate.p5:.1f}, 95% {rate.p95:.1f})")
+    console.line(f"a token   {readable_size(result.bytes_per_token)} of weights and state")
+    console.line(f"memory    {result.bandwidth_gb_s:.1f} GB/s, of which decoding uses {result.share_of_bandwidth:.0%}")
+    if result.share_of_bandwidth > 1:
+        console.line("          (more than all: the weights stay in the cache)")

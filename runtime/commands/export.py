@@ -1,0 +1,99 @@
+"""Compile a checkpoint into an engine file.
+
+Running the engine needs neither the checkpoint nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from ..errors import DependencyError
+from ..output import check_output
+from .console import Console, readable_size
+
+NAME = "export"
+SUMMARY = "compile a checkpoint into an engine file"
+
+QUANTS = ("f32", "f16", "bf16", "int8", "int4")
+GROUPS = (32, 64, 128)
+EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an RWKV .pth or .safetensors file")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the engine file to write: NAME.goslet")
+    parser.add_argument("--quant", choices=QUANTS, default="int8", help="how weights are stored (default: %(default)s)")
+    parser.add_argument(
+        "--group", type=int, choices=GROUPS, default=32, help="weights that share a scale (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
+    )
+    parser.add_argument(
+        "--norm-eps",
+        type=_positive_number,
+        metavar="E",
+        help="eps of the per-head group norm (default: the version's own)",
+    )
+    parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Run the command."""
+    for output in (args.output, args.onnx):
+        if output is not None:
+            check_output(output, overwrite=args.force)  # before the seconds that importing torch takes
+    need_export_packages()
+    from ..export import export_engine
+
+    with console.progress() as progress:
+        report = export_engine(
+            args.checkpoint,
+            args.output,
+            quant=args.quant,
+            group=args.group,
+            tokenizer=args.tokenizer,
+            norm_eps=args.norm_eps,
+            onnx=args.onnx,
+            overwrite=args.force,
+            progress=progress,
+        )
+    console.note(
+        f"{report.path}: {readable_size(report.size_bytes)}, {report.bits_per_weight:.2f} bits per weight, "
+        f"made in {report.duration_s:.1f} s"
+    )
+    if report.tokenizer_kind is None:
+        console.note(f'it takes and gives token ids; try: goslet run {args.output} --tokens "1,2,3"')
+    else:
+        console.note(f"try: goslet run {args.output} -p 'Once upon a time'")
+    return 0
+
+
+def need_export_packages() -> None:
+    """Fail with one line where the export extra is not installed.
+
+    Raises:
+        DependencyError: one of its packages cannot be imported.
+    """
+    try:
+        from .. import export  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXPORT_PACKAGES:
+            raise
+        raise DependencyError(
+            f"{error.name} is not installed, which reading checkpoints needs",
+            remedy="pip install 'goslet[export,ort]'",
+        ) from error
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value

@@ -1,0 +1,85 @@
+"""Show what is in an engine file, without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..enginefile import EngineFile
+from .console import Console, readable_size
+
+NAME = "inspect"
+SUMMARY = "show what is in an engine file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("engine", metavar="ENGINE", help="an engine file, from goslet export")
+    parser.add_argument("--check", action="store_true", help="verify the checksum of the weights too")
+    parser.add_argument("--json", action="store_true", help="write one JSON object")
+
+
+def execute(args: argparse.Namespace, console: Console) -> int:
+    """Run the command."""
+    with EngineFile.open(args.engine, check=args.check) as file:
+        report = describe(file, checked=args.check)
+    if args.json:
+        console.json(report)
+    else:
+        _show(report, console)
+    return 0
+
+
+def describe(file: EngineFile, *, checked: bool) -> dict[str, Any]:
+    """What an engine file holds, as a JSON object; sizes are in bytes."""
+    formats: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        entry = formats.setdefault(str(tensor.format), {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.size_bytes + tensor.scales_size_bytes
+    return {
+        "path": os.fspath(file.path),
+        "size_bytes": file.size_bytes,
+        "model_id": file.model_id,
+        "spec": file.spec.to_json(),
+        "state_size_bytes": file.state_spec.size_bytes,
+        "state_tensors": len(file.state_spec.tensors),
+        "weights": file.n_weights,
+        "bits_per_weight": file.bits_per_weight,
+        "formats": formats,
+        "sections": file.section_sizes,
+        "tokenizer": file.tokenizer_kind,
+        "graph": dict(file.graph_info),
+        "provenance": dict(file.provenance),
+        "weights_checked": checked,
+    }
+
+
+def _show(report: Mapping[str, Any], console: Console) -> None:
+    spec = report["spec"]
+    ranks = ", ".join(f"{name} {rank}" for name, rank in spec["ranks"].items())
+    lines = {
+        "engine": f"{report['path']}, {readable_size(report['size_bytes'])}",
+        "model": f"RWKV-{spec['version']}, {spec['n_layer']} layers, width {spec['n_embd']}, ffn {spec['n_ffn']}, "
+        f"heads of {spec['head_size']}, vocabulary {spec['vocab_size']}",
+        "ranks": ranks,
+        "norms": f"group norm eps {spec['norm_eps']:g}, layer norm eps {spec['layer_norm_eps']:g}",
+        "model id": report["model_id"],
+        "state": f"{readable_size(report['state_size_bytes'])} in {report['state_tensors']} tensors, float32",
+        "weights": f"{report['weights']:,} at {report['bits_per_weight']:.2f} bits"
+        + (", checksum right" if report["weights_checked"] else ""),
+        "tokenizer": report["tokenizer"] or "none (takes and gives token ids)",
+        "graph": ", ".join(f"{key} {value}" for key, value in report["graph"].items()),
+    }
+    for name, entry in report["formats"].items():
+        lines[f"  {name}"] = f"{entry['tensors']} tensors, {readable_size(entry['bytes'])}"
+    for name, size_bytes in report["sections"].items():
+        lines[f"section {name}"] = readable_size(size_bytes)
+    for name, value in report["provenance"].items():
+        lines[f"made with {name}"] = value if isinstance(value, str) else json.dumps(value)
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        console.line(f"{name:<{width}}  {value}")

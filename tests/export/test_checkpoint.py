@@ -1,0 +1,231 @@
+"""Reading checkpoints: every dtype and container, and one clear error for every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="exporting needs torch")
+
+from random_checkpoint import random_rwkv7, save  # noqa: E402
+
+from goslet.errors import (  # noqa: E402
+    CheckpointError,
+    ExtraTensorError,
+    MissingTensorError,
+    TensorShapeError,
+    TensorValueError,
+    UnsafeCheckpointError,
+)
+from goslet.export.checkpoint import open_checkpoint  # noqa: E402
+
+SHAPE = {"n_layer": 2, "n_embd": 32, "head_size": 8, "vocab_size": 19, "rank_w": 4, "rank_a": 5, "rank_v": 6, "rank_g": 7}
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return random_rwkv7(**SHAPE)
+
+
+def read_all(path: Path) -> None:
+    with open_checkpoint(path) as source:
+        source.weights()
+
+
+def test_dimensions_come_from_the_tensors(tensors: dict, tmp_path: Path) -> None:
+    save(tensors, tmp_path / "x.pth")
+    with open_checkpoint(tmp_path / "x.pth") as source:
+        spec = source.spec
+    assert (spec.version, spec.n_layer, spec.n_embd, spec.n_ffn) == ("7", 2, 32, 128)
+    assert (spec.n_head, spec.head_size, spec.vocab_size) == (4, 8, 19)
+    assert dict(spec.ranks) == {"w": 4, "a": 5, "v": 6, "g": 7}
+    assert spec.norm_eps == 64e-5
+    with open_checkpoint(tmp_path / "x.pth", norm_eps=1e-5) as source:
+        assert source.spec.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("vocab_size", [2, 65536])
+def test_smallest_and_largest_vocabulary(vocab_size: int, tmp_path: Path) -> None:
+    save(random_rwkv7(**{**SHAPE, "vocab_size": vocab_size, "n_layer": 1}), tmp_path / "x.safetensors")
+    with open_checkpoint(tmp_path / "x.safetensors") as source:
+        assert source.spec.vocab_size == vocab_size
+        assert "v" not in source.spec.ranks
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_and_containers_give_the_same_values(ending: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    given = random_rwkv7(**SHAPE, dtype=dtype)
+    path = tmp_path / f"x.{ending}"
+    save(given, path)
+    with open_checkpoint(path) as source:
+        assert source.format == ending
+        found = source.weights()
+        assert found["blocks.1.att.w1"].shape == (4, 32), "engines store every matrix as [out, in]"
+        torch.testing.assert_close(found["blocks.1.att.w1"].T, given["blocks.1.att.w1"].float(), rtol=0, atol=0)
+        torch.testing.assert_close(found["head.weight"], given["head.weight"].float(), rtol=0, atol=0)
+
+
+def test_model_id_depends_on_values_alone(tensors: dict, tmp_path: Path) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    ids = set()
+    for name, content in {
+        "bf16.pth": half,
+        "f32.safetensors": {n: t.float() for n, t in half.items()},
+        "squeezed.pth": {n: t.squeeze() for n, t in half.items()},
+        "without-unused.pth": {n: t for n, t in half.items() if not n.startswith("blocks.0.att.v") or "value" in n},
+        "another-order.pth": dict(reversed(half.items())),
+    }.items():
+        save(content, tmp_path / name)
+        with open_checkpoint(tmp_path / name) as source:
+            ids.add(source.model_id())
+    assert len(ids) == 1
+    changed = dict(half)
+    changed["blocks.1.att.k_a"] = half["blocks.1.att.k_a"] * 2
+    save(changed, tmp_path / "changed.pth")
+    with open_checkpoint(tmp_path / "changed.pth") as source:
+        assert source.model_id() not in ids
+
+
+@pytest.mark.parametrize("name", ["blocks.1.att.w2", "head.weight", "blocks.0.ln0.bias", "blocks.0.att.r_k", "emb.weight"])
+def test_missing_tensor(name: str, tensors: dict, tmp_path: Path) -> None:
+    del tensors[name]
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(MissingTensorError) as caught:
+        read_all(tmp_path / "x.pth")
+    assert name in str(caught.value)
+    assert "x.pth" in str(caught.value)
+
+
+def test_every_missing_tensor_is_counted(tensors: dict, tmp_path: Path) -> None:
+    for name in [name for name in tensors if name.startswith("blocks.1.ffn")]:
+        del tensors[name]
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(MissingTensorError, match=r"blocks\.1\.ffn\.x_k, blocks\.1\.ffn\.key.*3 tensors.*\[1, 1, 32\]|\[32\]"):
+        read_all(tmp_path / "x.pth")
+
+
+def test_extra_tensor(tensors: dict, tmp_path: Path) -> None:
+    tensors["blocks.1.att.mystery"] = torch.zeros(3, 4)
+    save(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ExtraTensorError, match=r"blocks\.1\.att\.mystery.*\[3, 4\]"):
+        read_all(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn.value.weight", "blocks.1.att.g1", "ln_out.weight", "blocks.1.att.r_k"])
+def test_misshapen_tensor(name: str, tensors: dict, tmp_path: Path) -> None:
+    expected = tuple(tensors[name].shape)
+    tensors[name] = torch.zeros(3, 5)
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(TensorShapeError) as caught:
+        read_all(tmp_path / "x.pth")
+    assert name in str(caught.value)
+    assert "[3, 5]" in str(caught.value)
+    assert str(list(expected)) in str(caught.value)
+
+
+def test_transposed_lora_is_misshapen(tensors: dict, tmp_path: Path) -> None:
+    """Hugging Face files store LoRA the other way round: this must not be read as a model of rank 32."""
+    for letter in "wavg":
+        tensors[f"blocks.1.att.{letter}1"] = tensors[f"blocks.1.att.{letter}1"].T.contiguous()
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(TensorShapeError, match=r"blocks\.1\.att\.w1"):
+        read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_value_that_is_not_finite(value: float, tensors: dict, tmp_path: Path) -> None:
+    tensors["blocks.1.ffn.key.weight"][7, 3] = value
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(TensorValueError, match=r"blocks\.1\.ffn\.key\.weight\[7, 3\]"):
+        read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("bad", [torch.int32, torch.float64])
+def test_dtype_that_no_checkpoint_has(bad: torch.dtype, tensors: dict, tmp_path: Path) -> None:
+    tensors["ln_out.bias"] = tensors["ln_out.bias"].to(bad)
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"ln_out\.bias.*{str(bad)[6:]}"):
+        read_all(tmp_path / "x.pth")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_that_carries_code_is_refused_and_does_not_run(zipped: bool, tensors: dict, tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+    path = tmp_path / "x.pth"
+    torch.save({**tensors, "bomb": Bomb(witness)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UnsafeCheckpointError, match=r"x\.pth.*never runs code"):
+        read_all(path)
+    assert not witness.exists()
+
+
+def test_bare_pickle_that_carries_code(tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(Bomb(witness)))
+    with pytest.raises(CheckpointError):
+        read_all(tmp_path / "x.pth")
+    assert not witness.exists()
+
+
+def test_old_unzipped_pth_is_read(tensors: dict, tmp_path: Path) -> None:
+    torch.save(tensors, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.4, 0.99])
+def test_truncated(ending: str, part: float, tensors: dict, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{ending}"
+    save(tensors, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(CheckpointError, match=path.name):
+        read_all(path)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint at all", b"\x80\x02", b"PK\x03\x04" + b"x" * 40, b"\xff" * 64])
+def test_not_a_checkpoint(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pth"):
+        read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model": {"emb.weight": torch.zeros(2, 2)}}, {"step": 3}, torch.zeros(3)])
+def test_not_a_dictionary_of_tensors(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth"):
+        read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("names", [[], ["transformer.h.0.attn.weight"], ["blocks.0.att.time_maa_w"]])
+def test_another_kind_of_model(names: list[str], tmp_path: Path) -> None:
+    save({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="RWKV-7"):
+        read_all(tmp_path / "x.pth")
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_all(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_all(tmp_path)
+
+
+def test_absurd_layer_numbers_do_not_allocate(tensors: dict, tmp_path: Path) -> None:
+    tensors["blocks.999999999.att.r_k"] = torch.zeros(4, 8)
+    save(tensors, tmp_path / "x.pth")
+    with pytest.raises(MissingTensorError, match="999999999"):
+        read_all(tmp_path / "x.pth")
