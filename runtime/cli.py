@@ -55,7 +55,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -569,7 +569,7 @@ def _section_entry(item: Any, place: str) -> SectionEntry:
         raise HeaderError("is not a section name", place=f"{place}.name", found=repr(name)[:100], remedy=_AGAIN)
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise HeaderError("is not a SHA-256", place=f"{place}.sha256", expected="64 hex digits", remedy=_AGAIN)
-    if not isinstance(verify, str) or verify not in ("open", "check"):
+    if verify not in ("open", "check"):
         raise HeaderError("is neither open nor check", place=f"{place}.verify", remedy=_AGAIN)
     for key in ("offset", "size_bytes"):
         value = item.get(key)

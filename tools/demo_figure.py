@@ -62,6 +62,7 @@ def sample(
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--checkpoint", type=Path, default=DEMO / "rwkv7-demo.pth")
@@ -78,6 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the figure or a sample; returns the exit status."""
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,11 @@ class DemoConfig:
 
     @property
     def heads(self) -> int:
+        """H."""
         return self.width // self.head
 
     def as_dict(self) -> dict[str, int]:
+        """The fields by name."""
         return asdict(self)
 
     @staticmethod
@@ -74,6 +76,7 @@ class State(NamedTuple):
     ffn_shift: Tensor
 
     def detach(self) -> State:
+        """The same numbers, out of the autograd graph."""
         return State(*(part.detach() for part in self))
 
     def reset_lanes(self, lanes: Tensor) -> State:
@@ -110,17 +113,17 @@ class _InverseOfUnitLower(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, a: Tensor) -> Tensor:
         eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        inverse = torch.linalg.solve_triangular(eye - a, eye.expand_as(a), upper=False, unitriangular=True)
+        inverse: Tensor = torch.linalg.solve_triangular(eye - a, eye.expand_as(a), upper=False, unitriangular=True)
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         transposed = inverse.mT
-        return transposed @ grad @ transposed
+        return torch.bmm(torch.bmm(transposed, grad), transposed)
 
 
 def wkv7_chunked(
@@ -156,7 +159,7 @@ def wkv7_chunked(
     mask = torch.cat([before.repeat(1, 2), upto.repeat(1, 2)])
     scores = torch.where(mask, scores, torch.zeros((), dtype=scores.dtype, device=scores.device))
     by_value = scores[:, :, chunk:] @ v  # [M, 2c, N]
-    inverse = _InverseOfUnitLower.apply(scores[:, :chunk, :chunk])
+    inverse = _InverseOfUnitLower.apply(scores[:, :chunk, :chunk])  # type: ignore[no-untyped-call]
 
     # u = solved_state S_0^T + solved_value, stored side by side: [M, c, 2N]
     solved = inverse @ torch.cat([readers[:, :chunk], by_value[:, :chunk]], dim=2)
@@ -185,6 +188,19 @@ def _orthogonal(rows: int, columns: int, gain: float) -> Tensor:
 
 class TimeMix(nn.Module):
     """RWKV-7 attention block. Layer 0 defines ``v_first`` and has no v0, v1, v2."""
+
+    x_r: Tensor
+    x_w: Tensor
+    x_k: Tensor
+    x_v: Tensor
+    x_a: Tensor
+    x_g: Tensor
+    w1: Tensor
+    w2: Tensor
+    a1: Tensor
+    a2: Tensor
+    g1: Tensor
+    g2: Tensor
 
     def __init__(self, config: DemoConfig, layer: int) -> None:
         super().__init__()
@@ -250,8 +266,11 @@ class TimeMix(nn.Module):
         r, v_heads = r.view(by_head), v.view(by_head)
         operands = (r, log_w.view(by_head), k, v_heads, -k_hat, k_hat * a.view(by_head))
         with torch.autocast(x.device.type, enabled=False):  # the recurrence never runs below the state's precision
-            operands = tuple(operand.to(wkv.dtype) for operand in operands)
-            y, wkv = wkv7_chunked(*operands, wkv, chunk=chunk) if chunk else wkv7_recurrent(*operands, wkv)
+            r32, log_w32, k32, v32, z32, b32 = (operand.to(wkv.dtype) for operand in operands)
+            if chunk:
+                y, wkv = wkv7_chunked(r32, log_w32, k32, v32, z32, b32, wkv, chunk=chunk)
+            else:
+                y, wkv = wkv7_recurrent(r32, log_w32, k32, v32, z32, b32, wkv)
 
         y = F.layer_norm(y, (self.size,), eps=GROUP_NORM_EPS).reshape(x.shape) * self.ln_x.weight + self.ln_x.bias
         y = y + ((r * k * self.r_k).sum(-1, keepdim=True) * v_heads).reshape(x.shape)
@@ -278,6 +297,8 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer; the first also has ln0, which follows the embedding."""
+
     def __init__(self, config: DemoConfig, layer: int) -> None:
         super().__init__()
         if layer == 0:
@@ -302,6 +323,7 @@ class DemoModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.5 * config.width**-0.5)
 
     def zero_state(self, lanes: int) -> State:
+        """The state before any token."""
         config, like = self.config, self.head.weight
         shift = like.new_zeros(config.layers, lanes, config.width)
         return State(shift, like.new_zeros(config.layers, lanes, config.heads, config.head, config.head), shift.clone())
@@ -311,7 +333,8 @@ class DemoModel(nn.Module):
         x = self.emb(tokens)
         att_shift, wkv, ffn_shift = [], [], []
         v_first = None
-        for i, block in enumerate(self.blocks):
+        for i, module in enumerate(self.blocks):
+            block = cast(Block, module)
             if i == 0:
                 x = block.ln0(x)
             out, shift, matrix, v_first = block.att(block.ln1(x), state.att_shift[i], state.wkv[i], v_first, chunk)

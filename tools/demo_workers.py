@@ -35,7 +35,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         if step + 1 < steps:
             gram = factor @ gram @ factor
             gram = (gram + gram.mT) / 2
-    return x if gathered is None else gathered @ x
+    return x if gathered is None else torch.bmm(gathered, x)
 
 
 class Piece:
@@ -60,6 +60,7 @@ class Muon(Piece):
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], factor: float, count: int) -> None:
+        """One update; see ``Piece.step``."""
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for name, p in self.params.items():
             memory = self.memory[f"{name}.momentum"].lerp_(grads[name], 1 - self.momentum)
@@ -89,6 +90,7 @@ class AdamW(Piece):
 
     @torch.no_grad()
     def step(self, grads: dict[str, Tensor], factor: float, count: int) -> None:
+        """One update; see ``Piece.step``."""
         first, second = self.betas
         for name, p in self.params.items():
             mean = self.memory[f"{name}.mean"].lerp_(grads[name], 1 - first)
@@ -164,6 +166,7 @@ class Crew:
             raise RuntimeError("a helper process has failed")
 
     def stop(self) -> None:
+        """End the helpers."""
         for helper in self.helpers:
             helper.terminate()
             helper.join()
@@ -173,4 +176,4 @@ def share(tensors: list[Tensor]) -> None:
     """Move CPU tensors to memory that forked processes share; leaves those on a device alone."""
     for tensor in tensors:
         if tensor.device.type == "cpu":
-            tensor.share_memory_()
+            tensor.share_memory_()  # type: ignore[no-untyped-call]

@@ -126,11 +126,11 @@ def encode_all(tokenizer: Tokenizer, texts: list[str], cache: Path) -> list[np.n
             if str(saved["key"]) == key:
                 return [saved[f"text{i}"] for i in range(len(texts))]
     found = [encode(tokenizer, text) for text in texts]
-    arrays = {f"text{i}": ids for i, ids in enumerate(found)}
+    arrays: dict[str, Any] = {"key": np.array(key), **{f"text{i}": ids for i, ids in enumerate(found)}}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez(file, key=np.array(key), **arrays)
+            np.savez(file, **arrays)
 
     write_atomically(cache, write)
     return found
@@ -321,7 +321,7 @@ class Trainer:
         self.flat = [torch.zeros(size, device=self.device) for _ in range(self.args.workers)]
         self.grads: list[dict[str, Tensor]] = []
         for flat in self.flat:
-            parts = flat.split([p.numel() for p in params.values()])
+            parts = torch.split(flat, [p.numel() for p in params.values()])
             self.grads.append({name: part.view_as(params[name]) for name, part in zip(params, parts, strict=True)})
         self.batch = torch.zeros(self.args.lanes, self.args.length + 1, dtype=torch.int64, device=self.device)
         self.fresh = torch.ones(self.args.lanes, dtype=torch.bool, device=self.device)
@@ -376,6 +376,7 @@ class Trainer:
         return self.progress.steps
 
     def save(self) -> None:
+        """Write the checkpoint, by rename."""
         saved = {
             "model": self.model.state_dict(),
             "memory": {name: tensor for piece in self.pieces for name, tensor in piece.memory.items()},
@@ -395,8 +396,8 @@ class Trainer:
     def done(self) -> float:
         """Share of the budget that is used up, by minutes or by steps."""
         if self.args.steps:
-            return self.progress.steps / self.args.steps
-        return self.progress.seconds / (60 * self.args.minutes)
+            return self.progress.steps / int(self.args.steps)
+        return self.progress.seconds / (60 * float(self.args.minutes))
 
     def record(self, validation: float) -> dict[str, Any]:
         """The training record, for training.json."""
@@ -498,10 +499,12 @@ class Trainer:
 
 
 def log(message: str) -> None:
+    """Print a line with the time."""
     print(time.strftime("%H:%M:%S"), message, flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--text", type=Path, default=REPOSITORY / "../shared/data/text", help="corpus folder, with books/*.txt")
@@ -547,6 +550,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train, or export what has been trained; returns the exit status."""
     args = parse(argv)
     torch.set_num_threads(1)  # forked processes inherit no threads
     args.work.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,7 @@ class OrtBackend(Backend):
             ) from error
         finally:
             initializers.clear()
+        _check_signature(self._session, file)
         self._embedding = file.weight(EMBEDDING)
         self._vocab_size = file.spec.vocab_size
         self._n_embd = file.spec.n_embd
@@ -138,6 +139,41 @@ class _OrtStepper(Stepper):
 
 def _address(tensors: Mapping[str, NDArray[np.float32]]) -> int:
     return next(iter(tensors.values())).ctypes.data
+
+
+def _check_signature(session: Any, file: EngineFile) -> None:
+    """Hold the graph's inputs and outputs to the header, by which buffers are made."""
+    spec = file.spec
+    states = {tensor.name: list(tensor.shape) for tensor in file.state_spec.tensors}
+    expected = {
+        "inputs": {"x": [spec.n_embd], **{f"state_in.{name}": shape for name, shape in states.items()}},
+        "outputs": {"logits": [spec.vocab_size], **{f"state_out.{name}": shape for name, shape in states.items()}},
+    }
+    found = {
+        "inputs": {value.name: value.shape[1:] for value in session.get_inputs()},
+        "outputs": {value.name: value.shape[1:] for value in session.get_outputs()},
+    }
+    for side in expected:
+        for name in expected[side].keys() | found[side].keys():
+            if expected[side].get(name) != found[side].get(name):
+                raise BackendError(
+                    f"the graph's {side} are not those that the header states",
+                    file=file.path,
+                    place=name,
+                    expected=expected[side].get(name, "nothing"),
+                    found=found[side].get(name, "nothing"),
+                    remedy="export the engine again",
+                )
+    shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
+    if shape != (spec.vocab_size, spec.n_embd):
+        raise BackendError(
+            "the embedding is not the one that the header states",
+            file=file.path,
+            place=EMBEDDING,
+            expected=[spec.vocab_size, spec.n_embd],
+            found=shape,
+            remedy="export the engine again",
+        )
 
 
 def _first_line(error: BaseException) -> str:

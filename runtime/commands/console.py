@@ -61,10 +61,11 @@ class Interruption:
         self.requested = False
 
     def __enter__(self) -> Interruption:
-        # Only the main thread may set handlers, and only there does Ctrl-C arrive.
-        self._active = threading.current_thread() is threading.main_thread()
+        # Only the main thread may set handlers, and who started this process may have it ignore Ctrl-C.
+        self._before = signal.getsignal(signal.SIGINT)
+        self._active = threading.current_thread() is threading.main_thread() and callable(self._before)
         if self._active:
-            self._before = signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(

@@ -227,7 +227,7 @@ CONTAINER_ATTACKS: dict[str, Attack] = {
     "a size past the end": Attack(_section("size_bytes", 1 << 40), TruncatedError),
     "a size as null": Attack(_section("size_bytes", None), HeaderError),
     "a section unaligned": Attack(_shifted(1, 64), HeaderError),
-    "a section that overlaps": Attack(_shifted(1, -PAGE), HeaderError),
+    "a section that overlaps": Attack(_shifted(-1, -PAGE), HeaderError),
     "a section inside the header": Attack(_section("offset", 0), HeaderError),
     "a hole of the right length": Attack(_moved_apart, HeaderError),
     "sections in the wrong order": Attack(
@@ -281,7 +281,13 @@ def _swapped_tensors(header: Header) -> None:
     header["tensors"][0], header["tensors"][1] = header["tensors"][1], header["tensors"][0]
 
 
-# For an engine whose first tensor is int4, its second one f32 and a vector, with a tokenizer and a program.
+def _tensor_past_the_end(header: Header) -> None:
+    last = header["tensors"][-1]
+    offset = -(-(last["offset"] + last["size_bytes"]) // 64) * 64
+    header["tensors"].append({**last, "name": "one more", "offset": offset})
+
+
+# For an engine whose first tensor is int4, the second and the last ones f32, with a tokenizer and a program.
 ENGINE_ATTACKS: dict[str, Attack] = {
     **{f"{key} missing": Attack(_without(key), HeaderError) for key in ("model", "state", "model_id", "provenance")},
     **{f"{key} missing": Attack(_without(key), HeaderError) for key in ("tokenizer", "graph", "tensors")},
@@ -350,6 +356,7 @@ ENGINE_ATTACKS: dict[str, Attack] = {
         HeaderError,
     ),
     "tensors in the wrong order": Attack(lambda data: with_header(data, _swapped_tensors), HeaderError),
+    "a tensor past the end": Attack(lambda data: with_header(data, _tensor_past_the_end), HeaderError),
     "a tensor too few": Attack(_without("tensors", -1), HeaderError),
     "no tensors": Attack(_top("tensors", []), HeaderError),
 }

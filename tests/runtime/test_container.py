@@ -44,7 +44,17 @@ from goslet.errors import (
     WrongMagicError,
 )
 
-from .attacks import CONTAINER_ATTACKS, PREFIX, boundaries, data_start, flipped, header_length, section_range
+from .attacks import (
+    CONTAINER_ATTACKS,
+    PREFIX,
+    boundaries,
+    data_start,
+    flipped,
+    header_length,
+    section_range,
+    set_at,
+    with_header,
+)
 
 MAGIC = b"\x89TEST\r\n\x1a"
 SECTIONS = {"graph": b"G" * 5000, "weights": bytes(range(256)) * 20, "tail": b"tail"}
@@ -254,6 +264,13 @@ def test_attack(good: bytes, name: str) -> None:
     attack = CONTAINER_ATTACKS[name]
     assert error_of(good) is None
     assert error_of(attack.damage(good)) is attack.error
+
+
+def test_truth_is_no_length(tmp_path: Path) -> None:
+    write(tmp_path / "a.bin", [Section.of("a", b"1")])
+    data = (tmp_path / "a.bin").read_bytes()
+    assert error_of(with_header(data, set_at("sections", 0, "size_bytes", value=1))) is None
+    assert error_of(with_header(data, set_at("sections", 0, "size_bytes", value=True))) is HeaderError
 
 
 @pytest.mark.parametrize("attack", ["an unknown feature", "a section unaligned", "a wrong checksum", "a byte too many"])

@@ -284,6 +284,8 @@ def test_tensors_are_made_one_at_a_time_and_reported(tmp_path: Path) -> None:
         {"tensors": [sources()[0]._replace(shape=(67, 5))]},
         {"tensors": [sources()[0]._replace(shape=(335,))]},
         {"tensors": [sources()[0]._replace(format=WeightFormat("int4", 64))]},
+        {"tensors": [sources()[-1]._replace(shape=(5, 3, 2))]},
+        {"tensors": [sources()[3]._replace(format=WeightFormat("bf16"))]},
     ],
     ids=lambda changes: next(iter(changes)),
 )

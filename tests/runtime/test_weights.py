@@ -350,10 +350,11 @@ def test_scales_are_positive_and_zero_groups_have_scale_one(array: np.ndarray, f
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_search_lessens_the_error_of_normal_weights(group: int, spread: float) -> None:
     array = normal(64, 1024, spread=spread)
-    ours = group_errors(array, decode(encode(array, WeightFormat("int4", group), "w")), group).sum()
-    plain = group_errors(array, plain_int4(array, group), group).sum()
+    ours = group_errors(array, decode(encode(array, WeightFormat("int4", group), "w")), group)
+    plain = group_errors(array, plain_int4(array, group), group)
+    assert (ours <= plain * (1 + 1e-13)).all()
     # A dense grid reaches 0.78 (group 32) to 0.74 (group 128) of plain rounding's squared error on normal numbers.
-    assert ours < 0.82 * plain
+    assert ours.sum() < 0.82 * plain.sum()
 
 
 @pytest.mark.parametrize("fmt", INTEGERS, ids=str)

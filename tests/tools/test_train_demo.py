@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,10 +32,20 @@ def tool(name: str) -> ModuleType:
 demo_model, demo_workers = tool("demo_model"), tool("demo_workers")
 train_demo, demo_figure = tool("train_demo"), tool("demo_figure")
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and forked processes must inherit none."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 NAMES = ["r", "log_w", "k", "v", "z", "b", "state"]
 
 
-def operands(length: int, dtype: torch.dtype, *, lanes: int = 2, heads: int = 3, size: int = 64, seed: int = 0) -> list:
+def operands(length: int, dtype: torch.dtype, *, lanes: int = 2, heads: int = 2, size: int = 32, seed: int = 0) -> list:
     """Inputs of the recurrence as RWKV-7 makes them: unit keys, rates in (0, 1), decays down to the smallest."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -59,7 +73,7 @@ def both_ways(given: list, **options: int) -> list[tuple[str, torch.Tensor, torc
     return list(zip(["y", "last state", *NAMES], *results, strict=True))
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 77, 96])
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 77])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_chunked_equals_recurrent(length: int, dtype: torch.dtype, tolerance: float) -> None:
     for name, expected, got in both_ways(operands(length, dtype)):
@@ -123,7 +137,7 @@ TEXT = "It was a truth, he said; “not” universally — acknowledged.\n\nShe 
 
 
 @pytest.fixture(scope="module")
-def tokenizer():  # noqa: ANN201
+def tokenizer():
     return train_demo.train_tokenizer(train_demo.paragraphs(TEXT), 400)
 
 
@@ -143,19 +157,19 @@ def tokenizer():  # noqa: ANN201
         "before <|endoftext|> after",
     ],
 )
-def test_tokenizer_is_lossless(tokenizer, text: str) -> None:  # noqa: ANN001
+def test_tokenizer_is_lossless(tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert all(0 <= i < tokenizer.get_vocab_size() for i in ids)
 
 
-def test_tokenizer_gives_zero_to_the_end_of_text(tokenizer) -> None:  # noqa: ANN001
+def test_tokenizer_gives_zero_to_the_end_of_text(tokenizer) -> None:
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     assert tokenizer.get_vocab_size() <= 400
     assert len(tokenizer.encode(TEXT).ids) < len(TEXT.encode()) / 2
 
 
-def test_export_has_the_official_names_and_shapes(tmp_path: Path, tokenizer) -> None:  # noqa: ANN001
+def test_export_has_the_official_names_and_shapes(tmp_path: Path, tokenizer) -> None:
     model = small_model()
     train_demo.export(tmp_path, model, tokenizer, {"steps": 1})
     tensors = torch.load(tmp_path / "rwkv7-demo.pth", map_location="cpu", weights_only=True)
@@ -178,6 +192,68 @@ def test_export_has_the_official_names_and_shapes(tmp_path: Path, tokenizer) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rwkv7-demo.pth", "tokenizer.json", "training.json"]
     again = demo_model.load_checkpoint(tmp_path / "rwkv7-demo.pth")
     assert again.config == model.config
+
+
+def run_trainer(folder: Path, *arguments: str) -> None:
+    """The trainer's main on a toy corpus and a toy model, in this process; leaves signals as they were."""
+    books = folder / "text" / "books"
+    books.mkdir(parents=True, exist_ok=True)
+    (books / "toy.txt").write_text(TEXT, encoding="utf-8")
+    shape = {"width": 64, "layers": 2, "vocab": 300, "lanes": 2, "group": 1, "length": 32, "device": "cpu"}
+    toy = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        assert train_demo.main(["--text", str(folder / "text"), *toy, *arguments]) == 0
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def test_tokens_are_kept_for_the_same_texts_only(tmp_path: Path, tokenizer) -> None:
+    cache = tmp_path / "tokens.npz"
+    first = train_demo.encode_all(tokenizer, ["one text", TEXT], cache)
+    written = cache.stat().st_mtime_ns
+    again = train_demo.encode_all(tokenizer, ["one text", TEXT], cache)
+    assert cache.stat().st_mtime_ns == written
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    changed = train_demo.encode_all(tokenizer, ["another", TEXT], cache)
+    assert changed[0].tolist() == tokenizer.encode("another").ids
+
+
+def test_a_crew_does_every_job_once_and_reports_a_failure() -> None:
+    counts = torch.zeros(50)
+    demo_workers.share([counts])
+
+    def work(rank: int, number: int) -> None:
+        counts[number] += 1
+
+    def fail(rank: int, number: int) -> None:
+        if rank > 0:
+            raise ValueError("in a helper")
+        while not crew.failed.value:  # leaves the other job to the helper
+            time.sleep(0.01)
+
+    crew = demo_workers.Crew(2, {"work": work, "fail": fail})
+    crew.start()
+    try:
+        for _ in range(3):
+            crew.run("work", 50)
+        assert (counts == 3).all()
+        with pytest.raises(RuntimeError, match="helper"):
+            crew.run("fail", 2)
+    finally:
+        crew.stop()
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    """The first step of a run does not depend on how many processes shared it."""
+    losses = []
+    for workers in (1, 2):
+        run_trainer(tmp_path, "--work", str(tmp_path / f"w{workers}"), "--steps", "3", "--workers", str(workers))
+        saved = torch.load(tmp_path / f"w{workers}" / "checkpoint.pt", weights_only=True)
+        losses.append(saved["progress"]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_orthogonalize_flattens_singular_values() -> None:
@@ -217,20 +293,10 @@ def test_held_out_pages_and_the_unseen_book_stay_out(tmp_path: Path) -> None:
 
 def test_training_lowers_the_loss_and_resumes(tmp_path: Path) -> None:
     """A few steps end to end on a toy corpus: loss falls, files appear, --resume goes on, the figure reads them."""
-    books = tmp_path / "text" / "books"
-    books.mkdir(parents=True)
-    (books / "toy.txt").write_text(TEXT, encoding="utf-8")
     work = tmp_path / "work"
-    common = ["--text", str(tmp_path / "text"), "--work", str(work), "--width", "64", "--layers", "2", "--vocab", "300"]
-    common += ["--lanes", "2", "--length", "32", "--group", "1", "--device", "cpu"]
-    handlers = [train_demo.signal.getsignal(s) for s in (train_demo.signal.SIGINT, train_demo.signal.SIGTERM)]
-    try:
-        assert train_demo.main([*common, "--steps", "12"]) == 0
-        assert train_demo.main([*common, "--steps", "16", "--resume"]) == 0
-    finally:
-        for number, handler in zip((train_demo.signal.SIGINT, train_demo.signal.SIGTERM), handlers, strict=True):
-            train_demo.signal.signal(number, handler)
-    record = train_demo.json.loads((work / "export" / "training.json").read_text(encoding="utf-8"))
+    run_trainer(tmp_path, "--work", str(work), "--steps", "12")
+    run_trainer(tmp_path, "--work", str(work), "--steps", "16", "--resume")
+    record = json.loads((work / "export" / "training.json").read_text(encoding="utf-8"))
     assert record["steps"] == 16 and record["tokens"] == 16 * 64
     assert record["final_train_loss_nats_per_token"] < np.log(300)
     model = demo_model.load_checkpoint(work / "export" / "rwkv7-demo.pth")

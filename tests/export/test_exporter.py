@@ -1,0 +1,217 @@
+"""Exporting: what ends up in the engine, and that nothing half-written is ever left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="exporting needs torch")
+
+import onnx  # noqa: E402
+from random_checkpoint import random_rwkv7, save  # noqa: E402
+
+import goslet  # noqa: E402
+from goslet.enginefile import EngineFile  # noqa: E402
+from goslet.errors import (  # noqa: E402
+    OutputError,
+    QuantizationError,
+    TensorValueError,
+    TokenizerError,
+)
+from goslet.export import Recipe, export_engine, recipe  # noqa: E402
+from goslet.export.checkpoint import open_checkpoint  # noqa: E402
+from goslet.export.models.blocks import Kind  # noqa: E402
+from goslet.spec import EMBEDDING  # noqa: E402
+from goslet.weights import WeightFormat, decode, encode  # noqa: E402
+
+ONE_LAYER = {"n_layer": 1, "n_embd": 32, "head_size": 16, "vocab_size": 256, "rank_w": 4, "rank_a": 4, "rank_g": 4}
+
+
+@pytest.fixture
+def one_layer(tmp_path: Path) -> Path:
+    save(random_rwkv7(**ONE_LAYER), tmp_path / "one.pth")
+    return tmp_path / "one.pth"
+
+
+def test_same_checkpoint_gives_the_same_bytes(one_layer: Path, tmp_path: Path) -> None:
+    for name in ("a.goslet", "b.goslet"):
+        export_engine(one_layer, tmp_path / name, quant="int4")
+    assert (tmp_path / "a.goslet").read_bytes() == (tmp_path / "b.goslet").read_bytes()
+
+
+@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4"])
+def test_every_weight_is_the_checkpoints_encoded(quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+    """Each stored tensor equals the checkpoint's, ln0 folded into the embedding, in the format of the recipe."""
+    with EngineFile.open(tiny_engines[quant]) as engine, open_checkpoint(tiny_checkpoint) as source:
+        weights = source.weights()
+        weights[EMBEDDING] = torch.nn.functional.layer_norm(
+            weights[EMBEDDING], (64,), weights.pop("blocks.0.ln0.weight"), weights.pop("blocks.0.ln0.bias"), 1e-5
+        )
+        assert set(engine.tensors) == set(weights)
+        for name, entry in engine.tensors.items():
+            is_vector = len(entry.shape) == 1
+            careful = name == EMBEDDING or name[-2:] in {f"{letter}{n}" for letter in "wavg" for n in "12"}
+            expected = "f32" if is_vector else "int8" if quant == "int4" and careful else quant
+            assert entry.format.name == expected, name
+            values = decode(engine.weight(name))
+            reference = decode(encode(weights[name].numpy(), entry.format, name))
+            np.testing.assert_array_equal(values, reference)
+
+
+def test_recipe_of_ones_own(one_layer: Path, tmp_path: Path) -> None:
+    base = recipe("int4", 64)
+    mixed = Recipe("mine", {**base.by_kind, Kind.HEAD: WeightFormat("f16")}, {"blocks.0.ffn.key.weight": WeightFormat("int8", 32)})
+    export_engine(one_layer, tmp_path / "x.goslet", quant=mixed)
+    with EngineFile.open(tmp_path / "x.goslet") as engine:
+        assert str(engine.tensors["head.weight"].format) == "f16"
+        assert str(engine.tensors["blocks.0.ffn.key.weight"].format) == "int8/32"
+        assert str(engine.tensors["blocks.0.ffn.value.weight"].format) == "int4/64"
+        assert engine.provenance["recipe"]["name"] == "mine"
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        assert np.isfinite(engine.session().feed([1, 2])).all()
+
+
+def test_recipes_that_cannot_be(one_layer: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantizationError, match="int5"):
+        export_engine(one_layer, tmp_path / "x.goslet", quant="int5")
+    with pytest.raises(QuantizationError, match="48"):
+        export_engine(one_layer, tmp_path / "x.goslet", quant="int4", group=48)
+    low = Recipe("low", recipe("int4").by_kind, {"blocks.0.att.k_k": WeightFormat("int4", 32)})
+    with pytest.raises(QuantizationError, match=r"blocks\.0\.att\.k_k"):
+        export_engine(one_layer, tmp_path / "x.goslet", quant=low)
+    assert os.listdir(tmp_path) == ["one.pth"]
+
+
+def test_tokenizer_choices(one_layer: Path, tmp_path: Path) -> None:
+    export_engine(one_layer, tmp_path / "bytes.goslet")
+    with EngineFile.open(tmp_path / "bytes.goslet") as engine:
+        assert engine.tokenizer_kind == "bytes"
+    with pytest.raises(TokenizerError):
+        export_engine(one_layer, tmp_path / "x.goslet", tokenizer="world")
+    with pytest.raises(TokenizerError, match=r"absent\.json"):
+        export_engine(one_layer, tmp_path / "x.goslet", tokenizer=tmp_path / "absent.json")
+    assert not (tmp_path / "x.goslet").exists()
+
+
+def test_world_tokenizer_from_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("pyrwkv_tokenizer", reason="the World vocabulary comes from pyrwkv-tokenizer")
+    save(random_rwkv7(**{**ONE_LAYER, "vocab_size": 65536}), tmp_path / "x.pth")
+    report = export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", tokenizer="world", quant="int4")
+    assert report.tokenizer_kind == "world"
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        assert engine.tokenizer is not None
+        assert engine.tokenizer.decode(engine.encode("a goslet, 小鹅")) == "a goslet, 小鹅"
+
+
+def test_self_contained_onnx_equals_the_engine(one_layer: Path, tmp_path: Path) -> None:
+    """ONNX Runtime alone, on the one file and with a token as input, against the engine."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the file here")
+    for quant in ("f32", "bf16", "int4"):
+        path = tmp_path / f"{quant}.onnx"
+        export_engine(one_layer, tmp_path / f"{quant}.goslet", quant=quant, onnx=path)
+        model = onnx.load(path)
+        assert model.graph.input[0].name == "token"
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        alone = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with goslet.open(tmp_path / f"{quant}.goslet") as engine:
+            session = engine.session()
+            state = {f"state_in.{name}": view[None].copy() for name, view in session.state.front.items()}
+            for token in (3, 250):
+                logits, *after = alone.run(None, {"token": np.array([token]), **state})
+                state = dict(zip(state, after, strict=True))
+                expected = session.feed([token])
+                assert np.abs(logits[0] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_existing_output_needs_overwrite_and_is_refused_before_any_work(one_layer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.goslet"
+    path.write_text("mine")
+    stages: list[str] = []
+    with pytest.raises(OutputError, match=r"x\.goslet"):
+        export_engine(one_layer, path, progress=lambda stage, done, total: stages.append(stage))
+    assert path.read_text() == "mine"
+    assert stages == []
+    export_engine(one_layer, path, overwrite=True)
+    with EngineFile.open(path, check=True):
+        pass
+
+
+def test_a_bad_weight_found_late_leaves_nothing(tmp_path: Path) -> None:
+    tensors = random_rwkv7(**ONE_LAYER)
+    tensors["head.weight"] *= 1e30
+    save(tensors, tmp_path / "x.pth")
+    for quant in ("f16", "int4"):
+        with pytest.raises(TensorValueError, match=r"head\.weight"):
+            export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant=quant)
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+@pytest.mark.parametrize("stage", ["tracing", "hashing", "quantizing"])
+def test_interrupt_leaves_nothing(stage: str, one_layer: Path, tmp_path: Path) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if name == stage and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_engine(one_layer, tmp_path / "x.goslet", progress=interrupt)
+    assert os.listdir(tmp_path) == ["one.pth"]
+
+
+def test_interrupt_keeps_the_engine_that_was_there(one_layer: Path, tmp_path: Path) -> None:
+    export_engine(one_layer, tmp_path / "x.goslet", quant="int4")
+    before = (tmp_path / "x.goslet").read_bytes()
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if name == "quantizing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_engine(one_layer, tmp_path / "x.goslet", quant="f32", overwrite=True, progress=interrupt)
+    assert (tmp_path / "x.goslet").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["one.pth", "x.goslet"]
+
+
+def test_signal_in_the_middle_leaves_nothing(one_layer: Path, tmp_path: Path) -> None:
+    """A real SIGINT while weights are being written: the process dies of it and the folder is as before."""
+    program = (
+        "import sys, time\n"
+        "from goslet.export import export_engine\n"
+        "def slow(stage, done, total):\n"
+        "    if stage == 'quantizing':\n"
+        "        print('writing', flush=True)\n"
+        "        time.sleep(0.2)\n"
+        "export_engine(sys.argv[1], sys.argv[2], progress=slow)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, one_layer, tmp_path / "x.goslet"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert os.listdir(tmp_path) == ["one.pth"]
+
+
+def test_report_and_provenance(one_layer: Path, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    report = export_engine(
+        one_layer, tmp_path / "x.goslet", progress=lambda stage, done, total: seen.update({stage: (done, total)})
+    )
+    assert report.size_bytes == (tmp_path / "x.goslet").stat().st_size
+    assert 8 < report.bits_per_weight < 10
+    assert all(done == total for done, total in seen.values())
+    with EngineFile.open(tmp_path / "x.goslet") as engine:
+        assert engine.provenance["source"] == "one.pth"
+        assert str(tmp_path) not in str(engine.provenance)
+        assert engine.model_id == report.model_id
