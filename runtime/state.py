@@ -137,7 +137,7 @@ class State:
         """
         _check_finite(self.front.items(), path)
         header = {"model_id": self.model_id, "tokens_seen": self.tokens_seen, "state": self.spec.to_json()}
-        tensors = (memoryview(view.astype("<f4", copy=False)).cast("B") for view in self.front.values())
+        tensors = (view.astype("<f4", copy=False).data.cast("B") for view in self.front.values())
         write_container(
             path,
             magic=STATE_FILE_MAGIC,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import codecs
+import contextlib
 import importlib.util
 import operator
 import os
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from ._native import VocabularyTrie
@@ -89,6 +90,7 @@ class Tokenizer(ABC):
 
         Raises:
             InputError: `text` is not a string, or holds half a surrogate pair, which is not Unicode text.
+            TokenizerError: the package behind a ``tokenizer.json`` failed.
         """
         if not isinstance(text, str):
             raise InputError("is not text", place="text", expected="str", found=type(text).__name__)
@@ -263,6 +265,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, data: bytes, file: Path | None = None) -> None:
         self._data = bytes(data)
+        self._file = file
         self._tokenizer = _parse_hugging_face(self._data, file)
         self._added = self._tokenizer.get_added_tokens_decoder()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -285,7 +288,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._end_token
 
     def _encode(self, text: str, utf8: bytes) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _package_errors("the tokenizer failed", self._file):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _decode_bytes(self, ids: list[int]) -> bytes:
@@ -460,13 +464,23 @@ def _parse_world_line(line: str) -> tuple[int, bytes]:
     return int(token_text), encoded
 
 
+@contextlib.contextmanager
+def _package_errors(problem: str, file: Path | None) -> Iterator[None]:
+    """Turn what the package `tokenizers` raises into `TokenizerError`."""
+    try:
+        yield
+    except BaseException as error:
+        # Some malformed files make it panic, which is no Exception and which it gives no other name for.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{problem}: {str(error)[:200]}", file=file, remedy=_AGAIN) from error
+
+
 def _parse_hugging_face(data: bytes, file: Path | None) -> tokenizers.Tokenizer:
     import tokenizers
 
-    try:
+    with _package_errors("is not a tokenizer.json", file):
         tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as error:
-        raise TokenizerError(f"is not a tokenizer.json: {str(error)[:200]}", file=file, remedy=_AGAIN) from error
     if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
         raise TokenizerError(
             "its tokens are not byte strings, so that text could not be streamed exactly",

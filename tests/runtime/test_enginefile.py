@@ -422,22 +422,10 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(below)
 
 
-JSON_VALUES = [None, True, False, 0, 1, -1, 32, 64, 1 << 31, 1 << 63, -(1 << 63), 10**30, 0.5, -0.0, 1e300, "", "x"]
-JSON_VALUES += [
-    "\0",
-    "é" * 300,
-    [],
-    {},
-    [[]],
-    [0],
-    [1, 1],
-    [1 << 40, 1 << 40],
-    {"x": 1},
-    "open",
-    "int4",
-    "f32",
-    "graph",
-]
+NUMBERS = [0, 1, -1, 32, 64, 1 << 31, 1 << 63, -(1 << 63), 10**30, 0.5, -0.0, 1e300]
+TEXTS = ["", "x", "\0", "é" * 300, "open", "int4", "f32", "graph"]
+LISTS: list[Any] = [[], [[]], [0], [1, 1], [1 << 40, 1 << 40]]
+JSON_VALUES: list[Any] = [None, True, False, {}, {"x": 1}, *NUMBERS, *TEXTS, *LISTS]
 
 
 @settings(

@@ -39,12 +39,11 @@ BOUND = 0.5 + 2.0**-17
 
 finite_f32 = st.floats(-60000, 60000, width=32)
 small_matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 300)), elements=finite_f32)
+WIDE_RANGE = [0, 1e-45, -1e-40, 3e-38, 1e-9, -(2.0**-25), 2.0**-24, 5e-7, 1e-3, -0.5, 3, -1e5, 4e5]
 wide_range_matrices = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 3), st.integers(1, 140)),
-    elements=st.sampled_from(
-        [0.0, 1e-45, -1e-40, 3e-38, 1e-9, -(2.0**-25), 2.0**-24, 5e-7, 1e-3, -0.5, 3.0, -1e5, 4e5]
-    ),
+    elements=st.sampled_from([float(np.float32(value)) for value in WIDE_RANGE]),
 )
 
 
