@@ -89,7 +89,7 @@ class Checkpoint:
         digest = hashlib.sha256(b"goslet model 1\n")
         for rule in sorted(self.rules, key=lambda rule: rule.name):
             digest.update(json.dumps([rule.name, list(rule.stored_shape)]).encode() + b"\n")
-            digest.update(memoryview(self.stored(rule).contiguous().numpy()).cast("B"))
+            digest.update(self.stored(rule).contiguous().numpy().data.cast("B"))
         return digest.hexdigest()
 
 
@@ -182,7 +182,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, AssertionError, IndexError) as error:
         raise CheckpointError(
-            f"is not a readable .pth file: {_first_line(error)}", file=path, remedy="check that the download is complete"
+            f"is not a readable .pth file: {_first_line(error)}",
+            file=path,
+            remedy="check that the download is complete",
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -251,5 +253,5 @@ def _validate(rules: tuple[TensorRule, ...], shapes: Mapping[str, Shape], unused
             place=_listed(extra),
             expected="nothing more",
             found=f"{extra[0]} of shape {list(shapes[extra[0]])}",
-            remedy="the file is of another version, or holds an adapter or training state that must be merged or left out",
+            remedy="the file is of another version, or holds an adapter or optimizer state besides the model",
         )

@@ -90,9 +90,7 @@ def export_engine(
         spec, version = source.spec, source.version
         vocabulary = _tokenizer(tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
-        formats = {
-            rule.name: chosen.format_of(rule) for rule in source.rules if rule.name not in version.folded(spec)
-        }
+        formats = {rule.name: chosen.format_of(rule) for rule in source.rules if rule.name not in version.folded(spec)}
         report_progress("tracing", 0, 1)
         graph = trace_step(
             version, spec, state_spec, {name: chosen for name, chosen in formats.items() if name != EMBEDDING}
@@ -149,9 +147,7 @@ def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokeni
     return vocabulary
 
 
-def _tensors(
-    source: Checkpoint, formats: dict[str, WeightFormat], report_progress: Progress
-) -> list[TensorSource]:
+def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progress: Progress) -> list[TensorSource]:
     rules = [rule for rule in source.rules if rule.name in formats]
     done = iter(range(1, len(rules) + 1))
 

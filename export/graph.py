@@ -100,7 +100,7 @@ class _Step(torch.nn.Module):
         formats: Mapping[str, WeightFormat],
     ) -> None:
         super().__init__()
-        self._version = version
+        self._rwkv = version
         self._spec = spec
         self._state_names = [tensor.name for tensor in state_spec.tensors]
         self._formats = formats
@@ -120,9 +120,7 @@ class _Step(torch.nn.Module):
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         parameters = {name: getattr(self, attribute) for attribute, name in self.tensor_names.items()}
         ops = _TraceOps(parameters, self._formats)
-        logits, new_state = self._version.step(
-            self._spec, ops, x, dict(zip(self._state_names, state, strict=True))
-        )
+        logits, new_state = self._rwkv.step(self._spec, ops, x, dict(zip(self._state_names, state, strict=True)))
         return logits, *(new_state[name] for name in self._state_names)
 
 
@@ -189,7 +187,7 @@ def trace_step(
     model.graph.name = f"rwkv{version.NAME}_step"
     proto = ir.serde.serialize_model(model)
     for operator in version.OPERATORS:
-        proto.functions.append(operator.function())  # type: ignore[arg-type]
+        proto.functions.append(operator.function())
     domains = {entry.domain for entry in proto.opset_import}
     if DOMAIN not in domains:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))

@@ -67,7 +67,9 @@ def recipe(quant: str, group: int = 32) -> Recipe:
         QuantizationError: no such format or group.
     """
     if quant not in QUANT_NAMES:
-        raise QuantizationError("no such quantization", place="quant", expected=", ".join(QUANT_NAMES), found=repr(quant))
+        raise QuantizationError(
+            "no such quantization", place="quant", expected=", ".join(QUANT_NAMES), found=repr(quant)
+        )
     if group not in GROUPS:
         raise QuantizationError("no such group size", place="group", expected="32, 64 or 128", found=group)
     exact = WeightFormat("f32")

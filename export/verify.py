@@ -36,9 +36,10 @@ FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
 N_TOKENS = 64
 SAMPLE = (
-    "The lighthouse keeper counted the ships as they came round the headland. Two of them carried timber, and the third, "
-    "he thought, was full of letters. \u201cYou are late,\u201d he called down to the boat, though nobody there could hear him; "
-    "and then, because the evening was fine, he lit the lamp an hour before it was needed and sat down to his supper."
+    "The lighthouse keeper counted the ships as they came round the headland. Two of them carried timber, and the "
+    "third, he thought, was full of letters. \u201cYou are late,\u201d he called down to the boat, though nobody there "
+    "could hear him; and then, because the evening was fine, he lit the lamp an hour before it was needed and sat down "
+    "to his supper."
 )
 
 Progress = Callable[[str, int, int], None]
@@ -92,9 +93,7 @@ class VerifyReport:
             "backend": self.backend,
             "tokens": self.n_tokens,
             "text": self.text,
-            "checks": [
-                {"name": c.name, "value": c.value, "limit": c.limit, "passed": c.passed} for c in self.checks
-            ],
+            "checks": [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.passed} for c in self.checks],
             "divergence": self.divergence,
         }
 
@@ -113,7 +112,7 @@ class _RoundedActivationOps(EagerOps):
 
 def _round_activations(x: Tensor, group: int) -> Tensor:
     width = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -width % group)).unflatten(-1, (-1, group))
+    padded = torch.nn.functional.pad(x, (0, -width % group)).reshape(*x.shape[:-1], -1, group)
     scale = padded.abs().amax(-1, keepdim=True) / 127
     rounded = torch.round(padded / torch.where(scale == 0, 1.0, scale)) * scale
     return rounded.flatten(-2)[..., :width]
@@ -215,9 +214,7 @@ def _checks(
     return list(worst.values())
 
 
-def _divergence(
-    found: NDArray[np.float32], original: NDArray[np.float32], tokens: Sequence[int]
-) -> dict[str, float]:
+def _divergence(found: NDArray[np.float32], original: NDArray[np.float32], tokens: Sequence[int]) -> dict[str, float]:
     engine = torch.log_softmax(torch.from_numpy(found).double(), -1) / np.log(2)
     model = torch.log_softmax(torch.from_numpy(original).double(), -1) / np.log(2)
     kl = (model.exp2() * (model - engine)).sum(-1).mean()

@@ -1,10 +1,10 @@
 """Runs RWKV models compiled into one engine file: constant memory and constant time per token.
 
-    import goslet
+import goslet
 
-    with goslet.open("model.goslet") as engine:
-        for piece in engine.generate("Once", max_tokens=64, temperature=0.8, top_p=0.9, seed=1):
-            print(piece, end="")
+with goslet.open("model.goslet") as engine:
+    for piece in engine.generate("Once", max_tokens=64, temperature=0.8, top_p=0.9, seed=1):
+        print(piece, end="")
 """
 
 from .errors import GosletError

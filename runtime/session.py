@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +56,9 @@ class Session:
         """Bytes of one copy of the state."""
         return self._engine.state_spec.size_bytes
 
-    def feed(self, tokens: Sequence[int] | NDArray[np.integer[Any]], *, all_logits: bool = False) -> NDArray[np.float32]:
+    def feed(
+        self, tokens: Sequence[int] | NDArray[np.integer[Any]], *, all_logits: bool = False
+    ) -> NDArray[np.float32]:
         """Feed tokens; the state moves on past them.
 
         Feeding a sequence whole, in pieces or token by token gives the same logits and state. An interrupted call
@@ -221,10 +225,15 @@ class Engine:
 
     def sampler(self, options: SamplingOptions) -> Sampler:
         """A sampler for this engine's vocabulary; whitespace and digits take no penalty where text is known."""
+        vocab_size = self.spec.vocab_size
+        if self._tokenizer is not None and self._tokenizer.vocab_size < vocab_size:
+            # A model may have rows that its tokenizer has no text for; they are never sampled.
+            textless = dict.fromkeys(range(self._tokenizer.vocab_size, vocab_size), -math.inf)
+            options = replace(options, logit_bias={**options.logit_bias, **textless})
         penalizes = options.presence_penalty != 0 or options.frequency_penalty != 0
         if self._uncounted is None and penalizes and self._tokenizer is not None:
             self._uncounted = uncounted_tokens(self._tokenizer)
-        return Sampler(options, self.spec.vocab_size, self._uncounted or ())
+        return Sampler(options, vocab_size, self._uncounted or ())
 
     def generate_tokens(
         self,
@@ -249,16 +258,16 @@ class Engine:
             EmptyPromptError, TokenError, InputError: the arguments cannot be used; raised here, not at the first token.
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
-            raise InputError("is not a number of tokens", place="max_tokens", expected="0 or more", found=repr(max_tokens))
+            raise InputError(
+                "is not a number of tokens", place="max_tokens", expected="0 or more", found=repr(max_tokens)
+            )
         if session is not None and session.engine is not self:
             raise InputError("belongs to another engine", place="session", remedy="use a session of this engine")
         ids = self.check_tokens(prompt)
         sampler = self.sampler(options or SamplingOptions())
         return self._sampled(ids, max_tokens, session or self.session(), sampler)
 
-    def _sampled(
-        self, prompt: NDArray[np.int64], max_tokens: int, session: Session, sampler: Sampler
-    ) -> Iterator[int]:
+    def _sampled(self, prompt: NDArray[np.int64], max_tokens: int, session: Session, sampler: Sampler) -> Iterator[int]:
         end_token = None if self._tokenizer is None else self._tokenizer.end_token
         logits = session.feed(prompt)
         for _ in range(max_tokens):

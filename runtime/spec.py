@@ -22,14 +22,21 @@ STATE_LAYOUT_VERSION = 1
 EMBEDDING = "emb.weight"
 
 
+_JSON_NAMES = {int: "a whole number", float: "a number", str: "a text", list: "a list", Mapping: "an object"}
+_SHOWN_CHARACTERS = 60
+
+
 def _need(mapping: Mapping[str, Any], key: str, kind: type | tuple[type, ...], place: str) -> Any:
     if not isinstance(mapping, Mapping):
         raise HeaderError("is not a JSON object", place=place, expected="an object", found=type(mapping).__name__)
+    expected = _JSON_NAMES[kind[-1] if isinstance(kind, tuple) else kind]
     if key not in mapping:
-        raise HeaderError("a key is missing", place=f"{place}.{key}", expected=kind, remedy="export the engine again")
+        raise HeaderError(
+            "a key is missing", place=f"{place}.{key}", expected=expected, remedy="export the engine again"
+        )
     value = mapping[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise HeaderError("has the wrong type", place=f"{place}.{key}", expected=kind, found=type(value).__name__)
+        raise HeaderError("has the wrong type", place=f"{place}.{key}", expected=expected, found=type(value).__name__)
     return value
 
 
@@ -168,9 +175,7 @@ class StateSpec:
         return {
             "layout_version": self.layout_version,
             "dtype": "float32",
-            "tensors": [
-                {"name": t.name, "shape": list(t.shape), "axes": t.axes, "init": t.init} for t in self.tensors
-            ],
+            "tensors": [{"name": t.name, "shape": list(t.shape), "axes": t.axes, "init": t.init} for t in self.tensors],
         }
 
     @classmethod
@@ -182,7 +187,9 @@ class StateSpec:
         """
         layout_version = _need_int(value, "layout_version", 1, 1 << 16, place)
         if _need(value, "dtype", str, place) != "float32":
-            raise HeaderError("is not supported", place=f"{place}.dtype", expected="float32", found=value["dtype"])
+            raise HeaderError(
+                "is not supported", place=f"{place}.dtype", expected="float32", found=value["dtype"][:_SHOWN_CHARACTERS]
+            )
         tensors = []
         names = set()
         for index, item in enumerate(_need(value, "tensors", list, place)):
@@ -194,7 +201,7 @@ class StateSpec:
             dims = tuple(_need_int(sizes, axis, 1, MAX_DIMENSION, f"{at}.shape") for axis in sizes)
             name = _need(item, "name", str, at)
             if name in names:
-                raise HeaderError("appears twice", place=f"{at}.name", found=name)
+                raise HeaderError("appears twice", place=f"{at}.name", found=name[:_SHOWN_CHARACTERS])
             names.add(name)
             init = float(_need(item, "init", (int, float), at))
             if not math.isfinite(init):

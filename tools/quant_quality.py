@@ -42,13 +42,13 @@ def recipes() -> Iterator[Recipe]:
         for group in (32, 64, 128):
             base = recipe(quant, group)
             yield Recipe(f"{quant} group {group}", base.by_kind)
-    base = recipe("int4", 32).by_kind
+    formats = recipe("int4", 32).by_kind
     int4, int8 = WeightFormat("int4", 32), WeightFormat("int8", 32)
     for kind in Kind:
-        if base[kind] == int4:
-            yield Recipe(f"int4 group 32, {kind.value} in int8", {**base, kind: int8})
-        elif base[kind] == int8:
-            yield Recipe(f"int4 group 32, {kind.value} in int4", {**base, kind: int4})
+        if formats[kind] == int4:
+            yield Recipe(f"int4 group 32, {kind.value} in int8", {**formats, kind: int8})
+        elif formats[kind] == int8:
+            yield Recipe(f"int4 group 32, {kind.value} in int4", {**formats, kind: int4})
 
 
 def dequantized(source: Checkpoint, chosen: Recipe) -> tuple[dict[str, Tensor], float]:

@@ -12,11 +12,12 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "0.1b": {"n_layer": 12, "n_embd": 768, "rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128},
     "0.4b": {"n_layer": 24, "n_embd": 1024, "rank_w": 64, "rank_a": 64, "rank_v": 32, "rank_g": 128},
     "1.5b": {"n_layer": 24, "n_embd": 2048, "rank_w": 96, "rank_a": 96, "rank_v": 64, "rank_g": 256},

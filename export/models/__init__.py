@@ -36,7 +36,7 @@ def version_named(name: str) -> Version:
         CheckpointError: goslet has no such version.
     """
     for version in VERSIONS:
-        if version.NAME == name:
+        if name == version.NAME:
             return version
     known = ", ".join(version.NAME for version in VERSIONS)
     raise CheckpointError("unknown RWKV version", expected=known, found=name, remedy="use a newer goslet")

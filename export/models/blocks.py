@@ -178,14 +178,18 @@ class Version(Protocol):
         """Names of the tensors that `fold_embedding` consumes besides the embedding; engines do not store them."""
         ...
 
-    def step(self, spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(
+        self, spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One token: x [B, D] and the state's tensors [B, …] to logits [B, V] and the new state."""
         ...
 
 
 def layer_norm(x: Tensor, ops: Ops, name: str, eps: float) -> Tensor:
     """LayerNorm of x [B, D] with the weight and bias called `name`."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], ops.vector(f"{name}.weight"), ops.vector(f"{name}.bias"), eps)
+    return torch.nn.functional.layer_norm(
+        x, x.shape[-1:], ops.vector(f"{name}.weight"), ops.vector(f"{name}.bias"), eps
+    )
 
 
 def head_norm(y: Tensor, ops: Ops, name: str, eps: float) -> Tensor:
@@ -195,5 +199,5 @@ def head_norm(y: Tensor, ops: Ops, name: str, eps: float) -> Tensor:
 
 
 def lerp(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-    """Token shift of versions 6 and 7: x + (previous − x)·mix."""
+    """Token shift of versions 6 and 7: x + (previous - x)·mix."""
     return x + (previous - x) * mix

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import no_type_check
 
 import torch
 from onnxscript import script
@@ -30,9 +31,7 @@ DECAY_SCALE = -math.exp(-0.5)
 _goslet = Opset("goslet", 1)
 
 
-def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kappa: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The WKV-7 recurrence for one token (RWKV-7 paper, equations 16 and 17), in plain form.
 
     Args:
@@ -53,7 +52,8 @@ def wkv7(
 
 
 @script(_goslet, default_opset=op)
-def Wkv7(r, w, k, v, kappa, a, state):  # type: ignore[no-untyped-def]  # noqa: D103, N802 - an ONNX function, `wkv7` documents it
+@no_type_check  # onnxscript reads the source; its operators take tensors of any type
+def Wkv7(r, w, k, v, kappa, a, state):  # noqa: D103 - an ONNX function; `wkv7` documents it
     last = op.Constant(value_ints=[-1])
     second_last = op.Constant(value_ints=[-2])
     removed = op.MatMul(state, op.Unsqueeze(kappa, last))
@@ -80,7 +80,9 @@ def recognise(shapes: Shapes) -> bool:
 
 def _shape(shapes: Shapes, name: str, n_axes: int) -> Shape:
     if name not in shapes:
-        raise MissingTensorError("the checkpoint lacks a tensor", place=name, expected=f"{n_axes} axes", found="nothing")
+        raise MissingTensorError(
+            "the checkpoint lacks a tensor", place=name, expected=f"{n_axes} axes", found="nothing"
+        )
     shape = shapes[name]
     if len(shape) != n_axes:
         raise TensorShapeError("a tensor has the wrong shape", place=name, expected=f"{n_axes} axes", found=list(shape))
@@ -99,7 +101,10 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     n_head, head_size = _shape(shapes, "blocks.0.att.r_k", 2)
     if n_head * head_size != n_embd:
         raise CheckpointError(
-            "heads do not make up the width", place="blocks.0.att.r_k", expected=f"{n_embd} numbers", found=[n_head, head_size]
+            "heads do not make up the width",
+            place="blocks.0.att.r_k",
+            expected=f"{n_embd} numbers",
+            found=[n_head, head_size],
         )
     letters = "wavg" if n_layer > 1 else "wag"
     ranks = {letter: _shape(shapes, f"blocks.{int(letter == 'v')}.att.{letter}1", 2)[1] for letter in letters}
@@ -197,7 +202,7 @@ def _time_mix(
         return ops.linear(f"{att}.{letter}1", mixed_x)
 
     def heads(flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (spec.n_head, spec.head_size))
+        return flat.reshape(-1, spec.n_head, spec.head_size)
 
     x_v = mixed("v")
     r = ops.linear(f"{att}.receptance.weight", mixed("r"))
@@ -242,9 +247,7 @@ def step(spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]) -> t
     v_first = None
     for layer in range(spec.n_layer):
         h = layer_norm(x, ops, f"blocks.{layer}.ln1", spec.layer_norm_eps)
-        y, wkv, v_first = _time_mix(
-            spec, ops, layer, h, state[f"{layer}.att_shift"], state[f"{layer}.wkv"], v_first
-        )
+        y, wkv, v_first = _time_mix(spec, ops, layer, h, state[f"{layer}.att_shift"], state[f"{layer}.wkv"], v_first)
         x = x + y
         new_state[f"{layer}.att_shift"] = h
         new_state[f"{layer}.wkv"] = wkv

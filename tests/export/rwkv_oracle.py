@@ -1,4 +1,4 @@
-"""Runs PyPI's rwkv on checkpoints and writes what it computes; a program of its own, since rwkv picks its version at import.
+"""Runs PyPI's rwkv on checkpoints and writes what it computes; a program, since rwkv picks its version at import.
 
     python rwkv_oracle.py OUT.npz TOKENS.npy CHECKPOINT.pth …
 

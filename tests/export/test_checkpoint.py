@@ -22,7 +22,16 @@ from goslet.errors import (  # noqa: E402
 )
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 
-SHAPE = {"n_layer": 2, "n_embd": 32, "head_size": 8, "vocab_size": 19, "rank_w": 4, "rank_a": 5, "rank_v": 6, "rank_g": 7}
+SHAPE = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "head_size": 8,
+    "vocab_size": 19,
+    "rank_w": 4,
+    "rank_a": 5,
+    "rank_v": 6,
+    "rank_g": 7,
+}
 
 
 @pytest.fixture
@@ -90,7 +99,9 @@ def test_model_id_depends_on_values_alone(tensors: dict, tmp_path: Path) -> None
         assert source.model_id() not in ids
 
 
-@pytest.mark.parametrize("name", ["blocks.1.att.w2", "head.weight", "blocks.0.ln0.bias", "blocks.0.att.r_k", "emb.weight"])
+@pytest.mark.parametrize(
+    "name", ["blocks.1.att.w2", "head.weight", "blocks.0.ln0.bias", "blocks.0.att.r_k", "emb.weight"]
+)
 def test_missing_tensor(name: str, tensors: dict, tmp_path: Path) -> None:
     del tensors[name]
     save(tensors, tmp_path / "x.pth")
@@ -104,7 +115,9 @@ def test_every_missing_tensor_is_counted(tensors: dict, tmp_path: Path) -> None:
     for name in [name for name in tensors if name.startswith("blocks.1.ffn")]:
         del tensors[name]
     save(tensors, tmp_path / "x.pth")
-    with pytest.raises(MissingTensorError, match=r"blocks\.1\.ffn\.x_k, blocks\.1\.ffn\.key.*3 tensors.*\[1, 1, 32\]|\[32\]"):
+    with pytest.raises(
+        MissingTensorError, match=r"blocks\.1\.ffn\.x_k, blocks\.1\.ffn\.key.*3 tensors.*\[1, 1, 32\]|\[32\]"
+    ):
         read_all(tmp_path / "x.pth")
 
 

@@ -47,7 +47,9 @@ def test_same_checkpoint_gives_the_same_bytes(one_layer: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4"])
-def test_every_weight_is_the_checkpoints_encoded(quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
+def test_every_weight_is_the_checkpoints_encoded(
+    quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path
+) -> None:
     """Each stored tensor equals the checkpoint's, ln0 folded into the embedding, in the format of the recipe."""
     with EngineFile.open(tiny_engines[quant]) as engine, open_checkpoint(tiny_checkpoint) as source:
         weights = source.weights()
@@ -67,7 +69,9 @@ def test_every_weight_is_the_checkpoints_encoded(quant: str, tiny_engines: dict[
 
 def test_recipe_of_ones_own(one_layer: Path, tmp_path: Path) -> None:
     base = recipe("int4", 64)
-    mixed = Recipe("mine", {**base.by_kind, Kind.HEAD: WeightFormat("f16")}, {"blocks.0.ffn.key.weight": WeightFormat("int8", 32)})
+    mixed = Recipe(
+        "mine", {**base.by_kind, Kind.HEAD: WeightFormat("f16")}, {"blocks.0.ffn.key.weight": WeightFormat("int8", 32)}
+    )
     export_engine(one_layer, tmp_path / "x.goslet", quant=mixed)
     with EngineFile.open(tmp_path / "x.goslet") as engine:
         assert str(engine.tensors["head.weight"].format) == "f16"

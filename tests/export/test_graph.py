@@ -21,7 +21,7 @@ from goslet.export.models.blocks import EagerOps  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 from goslet.weights import decode  # noqa: E402
 
-# Two float32 evaluations of the same formulas in different orders; a step on so small a model sums at most 256 products.
+# Two float32 evaluations of the same formulas in different orders; so small a model sums at most 256 products.
 LIMIT = 1e-5
 
 
@@ -131,7 +131,7 @@ def test_the_operators_body_equals_its_plain_form() -> None:
 
 
 def test_wkv7_is_the_recurrence_of_the_paper() -> None:
-    """The plain form against the formula S·(diag(w) − κ̂ᵀ(κ̂·a)) + vᵀk with matrices written out, in float64."""
+    """The plain form against the formula S·(diag(w) - κ̂ᵀ(κ̂·a)) + vᵀk with matrices written out, in float64."""
     generator = torch.Generator().manual_seed(4)
     r, w, k, v, kappa, a = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(6))
     state = torch.randn(5, 5, generator=generator, dtype=torch.float64)
@@ -143,7 +143,9 @@ def test_wkv7_is_the_recurrence_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("quant", ["f32", "int4"])
-def test_reference_evaluator_equals_torch(quant: str, tiny_engines: dict[str, Path], tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_reference_evaluator_equals_torch(
+    quant: str, tiny_engines: dict[str, Path], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     """onnx's ReferenceEvaluator on the self-contained model, with a batch of three different tokens and states."""
     path = tmp_path / "step.onnx"
     export_engine(tiny_checkpoint, tmp_path / "x.goslet", quant=quant, onnx=path)
@@ -153,16 +155,14 @@ def test_reference_evaluator_equals_torch(quant: str, tiny_engines: dict[str, Pa
         logits, flat = torch_step(engine, tokens)
     inputs = {name: value for name, value in flat.items() if name.startswith("state_in.")}
     names = [output.name for output in model.graph.output]
-    results = dict(
-        zip(names, ReferenceEvaluator(model).run(None, {"token": np.array(tokens), **inputs}), strict=True)
-    )
+    results = dict(zip(names, ReferenceEvaluator(model).run(None, {"token": np.array(tokens), **inputs}), strict=True))
     for name, found in results.items():
         expected = logits if name == "logits" else flat[name]
         assert np.abs(found - expected).max() <= LIMIT * np.abs(expected).max(), name
 
 
 def test_group_that_does_not_divide_the_width(tmp_path: Path) -> None:
-    """Widths 40 and 72 with groups of 32 leave short groups; the checker and ONNX Runtime take them, and verify passes."""
+    """Widths 40 and 72 leave short groups of 32; the checker and ONNX Runtime take them, and verify passes."""
     from goslet.export.verify import verify_engine
 
     save(

@@ -21,19 +21,30 @@ N_TOKENS = 200
 # reference; ten times that leaves room for the longer sums of the deepest shape and for nothing else.
 LIMIT = 3e-5
 
-SHAPES = {
-    "one layer, heads of 16": {"n_layer": 1, "n_embd": 48, "head_size": 16, "vocab_size": 97, "rank_w": 8, "rank_g": 20},
-    "heads of 32, one token more than a power of two": {
-        "n_layer": 2, "n_embd": 96, "head_size": 32, "vocab_size": 257, "rank_v": 8, "rank_a": 24,
-    },
+SHAPES: dict[str, dict[str, int]] = {
+    "one layer, heads of 16": {"n_layer": 1, "n_embd": 48, "head_size": 16, "vocab_size": 97, "rank_g": 20},
+    "heads of 32": {"n_layer": 2, "n_embd": 96, "head_size": 32, "vocab_size": 257, "rank_v": 8, "rank_a": 24},
     "a single head of 64": {"n_layer": 3, "n_embd": 64, "head_size": 64, "vocab_size": 2, "rank_w": 4, "rank_a": 4},
-    "heads of 64, odd ranks": {
-        "n_layer": 6, "n_embd": 128, "head_size": 64, "vocab_size": 301, "rank_w": 7, "rank_a": 13, "rank_v": 5, "rank_g": 31,
+    "heads of 64, six layers, odd ranks": {
+        "n_layer": 6,
+        "n_embd": 128,
+        "head_size": 64,
+        "vocab_size": 301,
+        "rank_w": 7,
+        "rank_a": 13,
+        "rank_v": 5,
+        "rank_g": 31,
     },
     "heads of 8, narrow channel mix": {
-        "n_layer": 4, "n_embd": 40, "head_size": 8, "vocab_size": 64, "n_ffn": 72, "rank_w": 16, "unused": False,
+        "n_layer": 4,
+        "n_embd": 40,
+        "head_size": 8,
+        "vocab_size": 64,
+        "n_ffn": 72,
+        "rank_w": 16,
+        "unused": False,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,9 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     paths = []
     for index, shape in enumerate(SHAPES.values()):
         paths.append(folder / f"{index}.pth")
-        save(random_rwkv7(**{**{"rank_w": 16, "rank_a": 16, "rank_v": 16, "rank_g": 16}, **shape}, seed=index), paths[-1])
+        save(
+            random_rwkv7(**{**{"rank_w": 16, "rank_a": 16, "rank_v": 16, "rank_g": 16}, **shape}, seed=index), paths[-1]
+        )
     tokens = np.stack([rng.integers(0, shape["vocab_size"], N_TOKENS) for shape in SHAPES.values()])
     np.save(folder / "tokens.npy", tokens)
     program = Path(__file__).with_name("rwkv_oracle.py")

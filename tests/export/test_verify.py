@@ -46,8 +46,10 @@ def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path)
     assert report.divergence == {}
 
 
-def test_a_graph_that_is_not_the_step_fails(tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """One sign flipped in the graph (an Add of the recurrence becomes a Sub) is found, also under int4's wider limits."""
+def test_a_graph_that_is_not_the_step_fails(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """One sign flipped in the graph (an Add of the recurrence becomes a Sub) is found, within int4's limits too."""
     import onnx
 
     for quant in ("f32", "int4"):
@@ -77,7 +79,9 @@ def test_a_graph_that_is_not_the_step_fails(tiny_engines: dict[str, Path], tiny_
         assert any(check.name == "wkv" and not check.passed for check in report.checks)
 
 
-def test_a_flipped_weight_bit_is_found_by_checksum(tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_flipped_weight_bit_is_found_by_checksum(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     content = bytearray(tiny_engines["int8"].read_bytes())
     with EngineFile.open(tiny_engines["int8"]) as file:
         view = np.frombuffer(content, np.uint8)

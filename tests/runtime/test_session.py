@@ -242,9 +242,7 @@ def test_generation_is_reproducible_and_continues_a_session(engine: goslet.Engin
 
 
 def test_greedy_generation_takes_the_likeliest_token(engine: goslet.Engine) -> None:
-    tokens = list(
-        engine.generate_tokens([65, 66], max_tokens=8, options=goslet.SamplingOptions(temperature=0))
-    )
+    tokens = list(engine.generate_tokens([65, 66], max_tokens=8, options=goslet.SamplingOptions(temperature=0)))
     session = engine.session()
     logits = session.feed([65, 66])
     for token in tokens:
@@ -275,13 +273,34 @@ def test_an_engine_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
 
     from goslet.export import export_engine
 
-    save(random_rwkv7(n_layer=1, n_embd=32, head_size=16, vocab_size=77, rank_w=4, rank_a=4, rank_g=4), tmp_path / "x.pth")
+    save(
+        random_rwkv7(n_layer=1, n_embd=32, head_size=16, vocab_size=77, rank_w=4, rank_a=4, rank_g=4),
+        tmp_path / "x.pth",
+    )
     export_engine(tmp_path / "x.pth", tmp_path / "x.goslet")
     with goslet.open(tmp_path / "x.goslet") as engine:
         assert engine.tokenizer is None
         with pytest.raises(TokenizerError, match="token ids only"):
             engine.generate("Once")
         assert len(list(engine.generate_tokens([1], max_tokens=3))) == 3
+
+
+def test_rows_without_text_are_never_sampled(tmp_path: Path) -> None:
+    """A vocabulary padded past its tokenizer's: 300 rows, 256 bytes; the padding is made the likeliest by far."""
+    from random_checkpoint import random_rwkv7, save
+
+    from goslet.export import export_engine
+
+    tensors = random_rwkv7(n_layer=1, n_embd=32, head_size=16, vocab_size=300, rank_w=4, rank_a=4, rank_g=4)
+    tensors["head.weight"][256:] *= 50
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", tokenizer="bytes", quant="f32")
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        for temperature in (0.0, 1.0):
+            options = goslet.SamplingOptions(temperature=temperature, seed=1, logit_bias={280: 9.0})
+            tokens = list(engine.generate_tokens([1], max_tokens=30, options=options))
+            assert len(tokens) == 30
+            assert max(tokens) < 256
 
 
 @pytest.mark.parametrize(
