@@ -37,7 +37,8 @@ TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
 
 _MAX_AXES = 8
-_MAX_NAME_CHARACTERS = 200
+# Names that are file names everywhere: a backend may have to write a weight to a file of its own.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 _AGAIN = "export the engine again"
 _MODEL_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _VERIFIED_AT_OPEN = ("graph", "program", "tokenizer")
@@ -368,7 +369,7 @@ class EngineFile:
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and 1 <= len(value) <= _MAX_NAME_CHARACTERS and value.isprintable()
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def _need(header: Mapping[str, Any], key: str, kind: type, place: str = "") -> Any:

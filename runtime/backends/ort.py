@@ -7,13 +7,15 @@ every session has two state buffers and two bindings, which take turns.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendError, BackendUnavailableError, DependencyError
+from ..errors import BackendError, DependencyError
 from ..initializers import graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # int8 activations: without them MatMulNBits runs at one token a second with int8 weights, as slowly as f32 with int4.
 ACCURACY_LEVEL = "4"
+MODEL_FILE = "step.onnx"
 
 
 class OrtBackend(Backend):
@@ -36,7 +39,6 @@ class OrtBackend(Backend):
 
     Raises:
         DependencyError: onnxruntime is not installed.
-        BackendUnavailableError: the installed onnxruntime is too old.
         BackendError: ONNX Runtime refuses the graph.
     """
 
@@ -51,28 +53,20 @@ class OrtBackend(Backend):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        if not hasattr(options, "add_external_initializers_from_files_in_memory"):
-            raise BackendUnavailableError(
-                "the installed ONNX Runtime is too old",
-                place="backend ort",
-                expected="a version that takes weights from memory (1.32 does)",
-                found=onnxruntime.__version__,
-                remedy="pip install -U onnxruntime",
-            )
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
-        # ONNX Runtime copies what it needs while the session is created; the buffers must live until then.
-        initializers = graph_initializers(file)
-        options.add_external_initializers_from_files_in_memory(
-            list(initializers), list(initializers.values()), [buffer.nbytes for buffer in initializers.values()]
-        )
         try:
-            self._session = onnxruntime.InferenceSession(
-                bytes(file.graph_bytes), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _create_session(file, options)
+        except OSError as error:
+            raise BackendError(
+                f"weights for ONNX Runtime cannot be written: {error.strerror}",
+                file=file.path,
+                place=tempfile.gettempdir(),
+                remedy="set TMPDIR to a folder with more room; newer versions take them from memory",
+            ) from error
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             raise BackendError(
                 f"ONNX Runtime refuses the graph: {_first_line(error)}",
@@ -80,8 +74,6 @@ class OrtBackend(Backend):
                 place="section graph",
                 remedy="export the engine again, or use the onnxruntime version that goslet's tools pin",
             ) from error
-        finally:
-            initializers.clear()
         _check_signature(self._session, file)
         self._embedding = file.weight(EMBEDDING)
         self._vocab_size = file.spec.vocab_size
@@ -90,6 +82,27 @@ class OrtBackend(Backend):
     def stepper(self, state: State) -> Stepper:
         """A stepper with one binding for each direction between `state`'s two buffers."""
         return _OrtStepper(self._session, self._embedding, self._n_embd, self._vocab_size, state)
+
+
+def _create_session(file: EngineFile, options: Any) -> Any:
+    import onnxruntime
+
+    providers = ["CPUExecutionProvider"]
+    graph = bytes(file.graph_bytes)
+    initializers = graph_initializers(file)
+    if hasattr(options, "add_external_initializers_from_files_in_memory"):
+        # ONNX Runtime copies what it needs while the session is created; the buffers must live until then.
+        options.add_external_initializers_from_files_in_memory(
+            list(initializers), list(initializers.values()), [buffer.nbytes for buffer in initializers.values()]
+        )
+        return onnxruntime.InferenceSession(graph, options, providers=providers)
+    # Version 1.23, the last for Python 3.10, takes external weights from files alone.
+    with tempfile.TemporaryDirectory(prefix="goslet-") as folder:
+        for name, buffer in initializers.items():
+            Path(folder, name).write_bytes(buffer)
+        model = Path(folder, MODEL_FILE)
+        model.write_bytes(graph)
+        return onnxruntime.InferenceSession(model, options, providers=providers)
 
 
 class _OrtStepper(Stepper):

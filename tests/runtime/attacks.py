@@ -322,6 +322,7 @@ ENGINE_ATTACKS: dict[str, Attack] = {
     "a tensor that is null": Attack(lambda data: with_header(data, set_at("tensors", 0, value=None)), HeaderError),
     "a tensor's name missing": Attack(_without("tensors", 0, "name"), HeaderError),
     "a tensor's name empty": Attack(_tensor("name", ""), HeaderError),
+    "a tensor's name that leads out of a folder": Attack(_tensor("name", "../up"), HeaderError),
     "a tensor's name with a bell": Attack(_tensor("name", "a\a"), HeaderError),
     "a tensor's name of 300 characters": Attack(_tensor("name", "a" * 300), HeaderError),
     "a tensor's format unknown": Attack(_tensor("format", "int3"), HeaderError),

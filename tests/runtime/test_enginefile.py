@@ -454,3 +454,11 @@ def test_signed_headers_of_any_content_give_a_typed_error_or_a_whole_engine(good
         assert error.file is not None
         return
     assert found["graph"] == GRAPH and set(found["weights"]) <= {*SHAPES, *map(str, JSON_VALUES)}
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "a b", "ü", "x" * 201])
+def test_a_tensors_name_is_a_file_name(name: str, tmp_path: Path) -> None:
+    """Backends may write a weight to a file under its name; an engine must not choose where that file lies."""
+    source = sources()[0]._replace(name=name)
+    with pytest.raises(InputError):
+        write(tmp_path / "m.goslet", tensors=[source])
