@@ -92,9 +92,7 @@ def export_engine(
         state_spec = version.state_spec(spec)
         formats = {rule.name: chosen.format_of(rule) for rule in source.rules if rule.name not in version.folded(spec)}
         report_progress("tracing", 0, 1)
-        graph = trace_step(
-            version, spec, state_spec, {name: chosen for name, chosen in formats.items() if name != EMBEDDING}
-        )
+        graph = trace_step(version, spec, {name: chosen for name, chosen in formats.items() if name != EMBEDDING})
         check_graph(graph)
         report_progress("tracing", 1, 1)
         report_progress("hashing", 0, 1)

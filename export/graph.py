@@ -1,8 +1,12 @@
 """The step graph: one token of an RWKV version, traced from PyTorch to ONNX.
 
-The graph holds no weights. Every initializer is external under its own name; the engine's reader or a backend
-supplies it. A quantized matrix is DequantizeLinear before MatMul from the moment of tracing, RWKV's own operators
-are nodes of the domain ``goslet``, each with a model-local function of standard ONNX as its body.
+The step is traced in float32, with at most `TRACED_LAYERS` layers, since torch takes about a second for each; then the
+last layer is repeated (`goslet.export.layers`), for all but the first are alike; then every weight gets its storage: a
+quantized matrix is DequantizeLinear before its MatMul, the only form in which the graph ever meets it.
+
+The graph holds no weights. Every initializer is external under its own name; the engine's reader or a backend supplies
+it. RWKV's own operators are nodes of the domain ``goslet``, each with a model-local function of standard ONNX as its
+body.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 
@@ -24,56 +29,36 @@ from ..errors import GosletError
 from ..initializers import SCALE_SUFFIX
 from ..spec import ModelSpec, StateSpec
 from ..weights import WeightFormat
+from .layers import repeat_last_layer
 from .models.blocks import Operator, TensorRule, Version
 
 OPSET = 21
 DOMAIN = "goslet"
 DOMAIN_VERSION = 1
+# The first layer is its own, the second shows how a layer takes from the one before, the third is repeated.
+TRACED_LAYERS = 3
+FLOAT_SUFFIX = ".float"
 
 _ONNX_TYPES = {
-    "f32": ir.DataType.FLOAT,
-    "f16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
-    "int4": ir.DataType.INT4,
-}
-# torch has no 4-bit dtype: int4 is traced as int8, and the initializer is retyped before anything is written.
-_TRACED_TYPES = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-    "int4": torch.int8,
+    "f32": TensorProto.FLOAT,
+    "f16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
 }
 
 
 class _TraceOps:
-    """The `Ops` that writes nodes: weights are initializers, operators are nodes of the domain goslet."""
+    """The `Ops` that is traced: matrices are [in, out], operators are nodes of the domain goslet."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._formats = formats
-
-    def _float(self, name: str) -> Tensor:
-        return self._parameters[name].to(torch.float32)
 
     def vector(self, name: str) -> Tensor:
-        return self._float(name)
+        return self._parameters[name]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        group = self._formats[name].group
-        if group is None:
-            return x @ self._float(name)
-        values = self._parameters[name]
-        matrix = torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (values, self._parameters[name + SCALE_SUFFIX]),
-            {"axis": 0, "block_size": group},
-            dtype=torch.float32,
-            shape=values.shape,
-            version=OPSET,
-        )
-        return x @ matrix
+        return x @ self._parameters[name]
 
     def call(self, operator: Operator, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = operator.output_shapes(*inputs)
@@ -92,34 +77,21 @@ class _Step(torch.nn.Module):
     """The step as a module with positional state, holding placeholders that take no memory."""
 
     def __init__(
-        self,
-        version: Version,
-        spec: ModelSpec,
-        state_spec: StateSpec,
-        rules: Mapping[str, TensorRule],
-        formats: Mapping[str, WeightFormat],
+        self, version: Version, spec: ModelSpec, state_spec: StateSpec, rules: Mapping[str, TensorRule]
     ) -> None:
         super().__init__()
         self._rwkv = version
         self._spec = spec
         self._state_names = [tensor.name for tensor in state_spec.tensors]
-        self._formats = formats
         self.tensor_names: dict[str, str] = {}
         for name, rule in rules.items():
             shape = rule.stored_shape[::-1] if rule.is_matrix else rule.stored_shape
-            self._place(name, shape, _TRACED_TYPES[formats[name].name])
-            if (group := formats[name].group) is not None:
-                self._place(name + SCALE_SUFFIX, (-(-shape[0] // group), shape[1]), torch.float32)
-
-    def _place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        attribute = f"t{len(self.tensor_names)}"
-        placeholder = torch.zeros((1,) * len(shape), dtype=dtype).expand(shape)
-        self.register_buffer(attribute, placeholder)
-        self.tensor_names[attribute] = name
+            attribute = f"t{len(self.tensor_names)}"
+            self.register_buffer(attribute, torch.zeros((1,) * len(shape)).expand(shape))
+            self.tensor_names[attribute] = name
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        parameters = {name: getattr(self, attribute) for attribute, name in self.tensor_names.items()}
-        ops = _TraceOps(parameters, self._formats)
+        ops = _TraceOps({name: getattr(self, attribute) for attribute, name in self.tensor_names.items()})
         logits, new_state = self._rwkv.step(self._spec, ops, x, dict(zip(self._state_names, state, strict=True)))
         return logits, *(new_state[name] for name in self._state_names)
 
@@ -140,15 +112,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace_step(
-    version: Version, spec: ModelSpec, state_spec: StateSpec, formats: Mapping[str, WeightFormat]
-) -> ModelProto:
-    """Trace one token to ONNX.
+def trace_step(version: Version, spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> ModelProto:
+    """The step graph of one token.
 
     Args:
         version: the RWKV version.
         spec: the model's dimensions.
-        state_spec: the state's tensors, which become the graph's inputs and outputs.
         formats: the storage format of every tensor that the step reads.
 
     Returns:
@@ -157,13 +126,26 @@ def trace_step(
         ``location``, matrices are [in, out], scales of a quantized matrix are float32 [⌈in / group⌉, out] under the
         name plus ``.scale``.
     """
-    rules = {rule.name: rule for rule in version.tensor_rules(spec) if rule.name in formats}
-    module = _Step(version, spec, state_spec, rules, formats).eval()
+    proto = _trace_float(version, replace(spec, n_layer=min(spec.n_layer, TRACED_LAYERS)), set(formats))
+    repeat_last_layer(proto.graph, TRACED_LAYERS - 1, spec.n_layer)
+    _store(proto.graph, formats)
+    for operator in version.OPERATORS:
+        proto.functions.append(operator.function())
+    if DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    return proto
+
+
+def _trace_float(version: Version, spec: ModelSpec, names: set[str]) -> ModelProto:
+    """The traced graph with every weight an external float32 initializer."""
+    state_spec = version.state_spec(spec)
+    rules = {rule.name: rule for rule in version.tensor_rules(spec) if rule.name in names}
+    module = _Step(version, spec, state_spec, rules).eval()
     batch = torch.export.Dim("B")
     # 2, because torch.export takes a size of 1 for a constant.
     x = torch.zeros(2, spec.n_embd)
     state = tuple(torch.zeros(2, *tensor.shape) for tensor in state_spec.tensors)
-    names = [tensor.name for tensor in state_spec.tensors]
+    state_names = [tensor.name for tensor in state_spec.tensors]
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -173,12 +155,12 @@ def trace_step(
             verbose=False,
             opset_version=OPSET,
             dynamic_shapes={"x": {0: batch}, "state": tuple({0: batch} for _ in state)},
-            input_names=["x", *(f"state_in.{name}" for name in names)],
-            output_names=["logits", *(f"state_out.{name}" for name in names)],
+            input_names=["x", *(f"state_in.{name}" for name in state_names)],
+            output_names=["logits", *(f"state_out.{name}" for name in state_names)],
         )
         assert program is not None
         model = program.model
-        _externalize(model, module.tensor_names, formats)
+        _externalize(model, module.tensor_names)
         ir_passes.RemoveUnusedNodesPass()(model)
         ir_passes.CommonSubexpressionEliminationPass()(model)
         ir_passes.ClearMetadataAndDocStringPass()(model)
@@ -186,36 +168,83 @@ def trace_step(
     model.producer_version = None
     model.graph.name = f"rwkv{version.NAME}_step"
     proto = ir.serde.serialize_model(model)
-    for operator in version.OPERATORS:
-        proto.functions.append(operator.function())
-    domains = {entry.domain for entry in proto.opset_import}
-    if DOMAIN not in domains:
-        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    for values in (proto.graph.input, proto.graph.output, proto.graph.value_info, proto.graph.initializer):
+        for value in values:
+            value.ClearField("metadata_props")
+    # torch reads the batch size off whichever input it likes; read off x it belongs to no layer.
+    inputs = {value.name for value in proto.graph.input}
+    for node in proto.graph.node:
+        if node.op_type == "Shape" and node.input[0] in inputs:
+            node.input[0] = "x"
     return proto
 
 
-def _externalize(model: ir.Model, names: Mapping[str, str], formats: Mapping[str, WeightFormat]) -> None:
+def _externalize(model: ir.Model, names: Mapping[str, str]) -> None:
     for attribute, name in names.items():
         value = model.graph.initializers.pop(attribute, None)
         if value is None:
             raise GosletError("the traced graph lost a weight", place=name, remedy="report this as a bug in goslet")
         assert value.shape is not None
-        dtype = _ONNX_TYPES[formats[name].name] if name in formats else ir.DataType.FLOAT
         value.name = name
-        value.dtype = dtype
         value.const_value = ir.ExternalTensor(
-            location=name, offset=0, length=initializer_size_bytes(value.shape.numpy(), dtype), dtype=dtype,
-            shape=value.shape, name=name,
-        )  # fmt: skip
+            location=name, offset=0, length=None, dtype=ir.DataType.FLOAT, shape=value.shape, name=name
+        )
         model.graph.initializers[name] = value
 
 
-def initializer_size_bytes(shape: tuple[int, ...], dtype: ir.DataType) -> int:
-    """Bytes of an initializer's raw data; 4-bit elements are packed two to a byte over the whole tensor."""
+def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
+    """Give every weight its stored type, and put what turns it to float32 before its first use."""
+    initializers: list[TensorProto] = []
+    makers: dict[str, NodeProto] = {}
+    for initializer in graph.initializer:
+        name, shape = initializer.name, list(initializer.dims)
+        if name not in formats:  # a constant of the tracer's
+            initializers.append(initializer)
+            continue
+        chosen = formats[name]
+        initializers.append(external_initializer(name, _ONNX_TYPES[chosen.name], shape))
+        made = name + FLOAT_SUFFIX
+        if chosen.group is not None:
+            scale = external_initializer(
+                name + SCALE_SUFFIX, TensorProto.FLOAT, [-(-shape[0] // chosen.group), shape[1]]
+            )
+            initializers.append(scale)
+            makers[name] = helper.make_node(
+                "DequantizeLinear",
+                [name, scale.name],
+                [made],
+                axis=0,
+                block_size=chosen.group,
+                name=f"dequantize.{name}",
+            )
+        elif chosen.name != "f32":
+            makers[name] = helper.make_node("Cast", [name], [made], to=TensorProto.FLOAT, name=f"cast.{name}")
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
+    nodes: list[NodeProto] = []
+    placed = set()
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in makers:
+                if name not in placed:
+                    nodes.append(makers[name])
+                    placed.add(name)
+                node.input[index] = name + FLOAT_SUFFIX
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def external_initializer(name: str, onnx_type: int, shape: list[int]) -> TensorProto:
+    """An initializer whose data lies outside, in a place that has its name; 4-bit numbers are packed two to a byte."""
     elements = 1
     for size in shape:
         elements *= size
-    return -(-elements * dtype.bitwidth // 8)
+    bits = 4 if onnx_type == TensorProto.INT4 else 8 * helper.tensor_dtype_to_np_dtype(onnx_type).itemsize
+    tensor = TensorProto(name=name, data_type=onnx_type, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", name), ("offset", 0), ("length", -(-elements * bits // 8))):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def check_graph(graph: ModelProto) -> None:
@@ -228,7 +257,7 @@ def check_graph(graph: ModelProto) -> None:
     standalone.CopyFrom(graph)
     for initializer in standalone.graph.initializer:
         standalone.graph.input.append(
-            onnx.helper.make_tensor_value_info(initializer.name, initializer.data_type, list(initializer.dims))
+            helper.make_tensor_value_info(initializer.name, initializer.data_type, list(initializer.dims))
         )
     del standalone.graph.initializer[:]
     onnx.checker.check_model(standalone, full_check=True)

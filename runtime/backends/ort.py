@@ -99,7 +99,7 @@ def _create_session(file: EngineFile, options: Any) -> Any:
     # Version 1.23, the last for Python 3.10, takes external weights from files alone.
     with tempfile.TemporaryDirectory(prefix="goslet-") as folder:
         for name, buffer in initializers.items():
-            Path(folder, name).write_bytes(buffer)
+            Path(folder, name).write_bytes(buffer.data)
         model = Path(folder, MODEL_FILE)
         model.write_bytes(graph)
         return onnxruntime.InferenceSession(model, options, providers=providers)
