@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # int8 activations: without them MatMulNBits runs at one token a second with int8 weights, as slowly as f32 with int4.
 ACCURACY_LEVEL = "4"
+# It would join a residual to the product before it, and so keep two of a layer's weights from becoming MatMulNBits.
+DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 MODEL_FILE = "step.onnx"
 
 
@@ -87,7 +89,7 @@ class OrtBackend(Backend):
 def _create_session(file: EngineFile, options: Any) -> Any:
     import onnxruntime
 
-    providers = ["CPUExecutionProvider"]
+    settings = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": DISABLED_OPTIMIZERS}
     graph = bytes(file.graph_bytes)
     initializers = graph_initializers(file)
     if hasattr(options, "add_external_initializers_from_files_in_memory"):
@@ -95,14 +97,14 @@ def _create_session(file: EngineFile, options: Any) -> Any:
         options.add_external_initializers_from_files_in_memory(
             list(initializers), list(initializers.values()), [buffer.nbytes for buffer in initializers.values()]
         )
-        return onnxruntime.InferenceSession(graph, options, providers=providers)
+        return onnxruntime.InferenceSession(graph, options, **settings)
     # Version 1.23, the last for Python 3.10, takes external weights from files alone.
     with tempfile.TemporaryDirectory(prefix="goslet-") as folder:
         for name, buffer in initializers.items():
             Path(folder, name).write_bytes(buffer.data)
         model = Path(folder, MODEL_FILE)
         model.write_bytes(graph)
-        return onnxruntime.InferenceSession(model, options, providers=providers)
+        return onnxruntime.InferenceSession(model, options, **settings)
 
 
 class _OrtStepper(Stepper):
