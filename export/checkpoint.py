@@ -24,12 +24,13 @@ from torch import Tensor
 from ..errors import (
     CheckpointError,
     ExtraTensorError,
+    HeaderError,
     MissingTensorError,
     TensorShapeError,
     TensorValueError,
     UnsafeCheckpointError,
 )
-from ..spec import ModelSpec
+from ..spec import EMBEDDING, ModelSpec
 from .models import recognise
 from .models.blocks import Shape, TensorRule, Version, squeezed
 
@@ -81,6 +82,12 @@ class Checkpoint:
         """Every tensor by name, as `stored` gives it."""
         return {rule.name: self.stored(rule) for rule in self.rules}
 
+    def embedding(self) -> Tensor:
+        """The embedding as an engine stores it, with everything folded in that depends on the token alone."""
+        needed = self.version.folded(self.spec) | {EMBEDDING}
+        weights = {rule.name: self.stored(rule) for rule in self.rules if rule.name in needed}
+        return self.version.fold_embedding(weights, self.spec)
+
     def model_id(self) -> str:
         """The model's id: SHA-256, as 64 hex digits, of its names, stored shapes and float32 values in name order.
 
@@ -112,7 +119,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         version = recognise(shapes)
-        spec = version.read_spec(shapes, norm_eps)
+        spec = _checked(version.read_spec(shapes, norm_eps))
         rules = version.tensor_rules(spec)
         _validate(rules, shapes, version.unused(spec))
     except CheckpointError as error:
@@ -172,7 +179,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UnsafeCheckpointError(
                 "is a pickle that does more than hold tensors, and goslet never runs code from a file",
                 file=path,
@@ -180,7 +187,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
                 remedy="save its state_dict with torch.save, or as .safetensors",
             ) from error
         raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, AssertionError, IndexError) as error:
+    except Exception as error:  # a damaged pickle can fail anywhere in torch
         raise CheckpointError(
             f"is not a readable .pth file: {_first_line(error)}",
             file=path,
@@ -200,7 +207,24 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
                 found=type(tensor).__name__,
                 remedy="save the model's state_dict alone",
             )
+        _check_plain(name, tensor, path)
     return dict(content)
+
+
+def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
+    """Only tensors whose numbers all lie in the file: a view can claim to be far larger than what was stored."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    if not plain or tensor.is_neg() or tensor.is_conj() or tensor.is_quantized:
+        raise CheckpointError("is not a plain tensor", file=path, place=name, expected="a dense one on the CPU")
+    size_bytes = tensor.numel() * tensor.element_size()
+    if size_bytes > path.stat().st_size:
+        raise CheckpointError(
+            "a tensor is larger than the file",
+            file=path,
+            place=name,
+            expected=f"at most {path.stat().st_size} bytes",
+            found=f"{size_bytes} bytes",
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -224,6 +248,15 @@ def _first_line(error: BaseException) -> str:
 def _listed(names: list[str]) -> str:
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + rest
+
+
+def _checked(spec: ModelSpec) -> ModelSpec:
+    try:
+        return ModelSpec.from_json(spec.to_json(), place="dimensions")
+    except HeaderError as error:
+        raise CheckpointError(
+            "a dimension is out of range", place=error.place, expected=error.expected, found=error.found
+        ) from error
 
 
 def _validate(rules: tuple[TensorRule, ...], shapes: Mapping[str, Shape], unused: frozenset[str]) -> None:

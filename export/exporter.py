@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from .. import __version__
-from ..container import check_output
 from ..enginefile import EngineFile, TensorSource, write_engine
+from ..errors import InputError, OutputError
+from ..output import check_output
 from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode
@@ -78,13 +78,17 @@ def export_engine(
         CheckpointError: the checkpoint cannot be read or is not a known model.
         TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
         QuantizationError: the recipe cannot be applied.
-        OutputError: an output exists and `overwrite` is false, or cannot be written.
+        OutputError: an output exists and `overwrite` is false, cannot be written, or is also an input.
+        InputError: `norm_eps` is not a positive number.
     """
     start_s = time.monotonic()
     report_progress = progress or (lambda stage, done, total: None)
     outputs = [path] if onnx is None else [path, onnx]
     for output in outputs:
         check_output(output, overwrite)
+    _check_apart(checkpoint, tokenizer, outputs)
+    if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
+        raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
     with open_checkpoint(checkpoint, norm_eps=norm_eps) as source:
         spec, version = source.spec, source.version
@@ -132,6 +136,22 @@ def export_engine(
         )
 
 
+def _check_apart(
+    checkpoint: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | None,
+    outputs: list[str | os.PathLike[str]],
+) -> None:
+    """Refuse to write over what is read, or one output over the other."""
+    taken = {os.path.realpath(checkpoint): "the checkpoint"}
+    if tokenizer is not None and tokenizer not in ("bytes", "world"):
+        taken[os.path.realpath(tokenizer)] = "the tokenizer"
+    for output in outputs:
+        real = os.path.realpath(output)
+        if real in taken:
+            raise OutputError(f"is also {taken[real]}", file=output, remedy="choose another name")
+        taken[real] = "the engine"
+
+
 def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:
     if choice is None:
         return load_tokenizer("bytes", b"") if vocab_size == 256 else None
@@ -150,7 +170,7 @@ def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progre
     done = iter(range(1, len(rules) + 1))
 
     def encoded(rule: TensorRule) -> EncodedWeight:
-        tensor = _embedding(source) if rule.name == EMBEDDING else source.stored(rule)
+        tensor = source.embedding() if rule.name == EMBEDDING else source.stored(rule)
         weight = encode(tensor.numpy(), formats[rule.name], rule.name)
         report_progress("quantizing", next(done), len(rules))
         return weight
@@ -159,10 +179,3 @@ def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progre
         TensorSource(rule.name, formats[rule.name], rule.stored_shape, lambda rule=rule: encoded(rule))  # type: ignore[misc]
         for rule in rules
     ]
-
-
-def _embedding(source: Checkpoint) -> Tensor:
-    needed = source.version.folded(source.spec) | {EMBEDDING}
-    return source.version.fold_embedding(
-        {rule.name: source.stored(rule) for rule in source.rules if rule.name in needed}, source.spec
-    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -96,10 +97,14 @@ class _Step(torch.nn.Module):
         return logits, *(new_state[name] for name in self._state_names)
 
 
+_EXPORTER = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's chatter (missing torchvision, deprecations inside torch) away from users."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    _EXPORTER.acquire()  # standard output and loggers belong to the whole process
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -110,6 +115,7 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        _EXPORTER.release()
 
 
 def trace_step(version: Version, spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> ModelProto:

@@ -7,10 +7,10 @@ import os
 import numpy as np
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
-from ..container import atomic_write, check_output
 from ..enginefile import EngineFile
 from ..errors import OutputError
 from ..initializers import SCALE_SUFFIX, graph_initializers
+from ..output import atomic_write, check_output
 from ..spec import EMBEDDING
 from ..weights import quantized_values
 from .graph import check_graph

@@ -1,19 +1,22 @@
-"""Does an engine compute what its checkpoint says? The engine's step against the torch step, token by token.
+"""Does an engine compute what its checkpoint says? Its weights, its graph and its backend, each held to a limit.
 
-An engine passes when its backend equals the torch step on the engine's own dequantized weights. What quantization
-itself costs, against the checkpoint's weights, is reported and not judged.
+- Weights: every stored tensor against the checkpoint's. Rounding to the nearest of a symmetric group with largest level
+  q errs by at most half a step for each of g numbers, while the group's largest number is q steps, so the error is at
+  most sqrt(g) / (2 q) of the tensor's norm (`weight_limit`); a weight that is transposed, of another layer or zero errs
+  by about 1 or more.
+- Graph: the engine's graph, run in float32, against the torch step on the engine's own dequantized weights. Errors are
+  parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
+  orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
+- Backend: the backend as it is used, which rounds activations to int8 where a weight is quantized. What that explains
+  is measured by running the torch step a second time with activations rounded alike; `ACTIVATION_FACTOR` times that
+  is allowed on top of `FLOAT_LIMIT`, since two ways of rounding need not err in the same direction.
 
-Tolerances, as parts of an output's own range (its largest magnitude in the reference over all tokens):
-
-- `FLOAT_LIMIT` for float32 rounding: two orders of summation of up to a few thousand products differ by about the
-  square root of their number times 6e-8 of range a product, and layers add up.
-- Backends round activations to int8 where a weight is quantized. What that explains is measured, by running the torch
-  step a second time with activations rounded the same way; twice that is allowed on top, since two ways of rounding
-  need not err in the same direction.
+What quantization costs against the checkpoint's own weights is reported and not judged.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,17 +27,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..session import Session, open_engine
+from ..backends.ort import OrtBackend
+from ..enginefile import EngineFile
+from ..session import Engine, Session, open_engine
 from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
-from ..weights import decode
-from .checkpoint import open_checkpoint
-from .models import version_named
+from ..weights import WeightFormat, decode
+from .checkpoint import Checkpoint, open_checkpoint
 from .models.blocks import EagerOps, Ops, Version
 
 FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
 N_TOKENS = 64
+MODEL_ID = "model id"
 SAMPLE = (
     "The lighthouse keeper counted the ships as they came round the headland. Two of them carried timber, and the "
     "third, he thought, was full of letters. \u201cYou are late,\u201d he called down to the boat, though nobody there "
@@ -58,6 +63,12 @@ class Check:
         """Whether the comparison holds; a NaN never does."""
         return self.value <= self.limit
 
+    @property
+    def strain(self) -> float:
+        """The value as a part of its limit; infinite where it is not a number."""
+        strain = self.value / self.limit
+        return strain if math.isfinite(strain) else math.inf
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -65,10 +76,10 @@ class VerifyReport:
 
     Attributes:
         backend: the backend that ran.
-        n_tokens: tokens that were fed.
+        n_tokens: tokens that were fed; 0 where the engine and the checkpoint cannot be compared.
         text: whether the tokens were text; otherwise they were random ids.
-        same_model: whether the engine was made from this checkpoint, by model id.
-        checks: engine against torch on the same dequantized weights, errors as parts of range.
+        differences: what the engine records and the checkpoint is not: model id, dimensions, state or tensors.
+        checks: comparisons with their limits.
         divergence: engine against the checkpoint's own weights, reported and not judged: mean KL divergence in bits per
             token, share of tokens whose likeliest successor is the same, and both losses in bits per token.
     """
@@ -76,23 +87,23 @@ class VerifyReport:
     backend: str
     n_tokens: int
     text: bool
-    same_model: bool
+    differences: tuple[str, ...]
     checks: tuple[Check, ...]
     divergence: dict[str, float]
 
     @property
     def passed(self) -> bool:
-        """Whether the engine computes what its own weights say and is of this checkpoint."""
-        return self.same_model and all(check.passed for check in self.checks)
+        """Whether the engine is this checkpoint's and everything in it is within its limit."""
+        return not self.differences and bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
         return {
             "passed": self.passed,
-            "same_model": self.same_model,
             "backend": self.backend,
             "tokens": self.n_tokens,
             "text": self.text,
+            "differences": list(self.differences),
             "checks": [{"name": c.name, "value": c.value, "limit": c.limit, "passed": c.passed} for c in self.checks],
             "divergence": self.divergence,
         }
@@ -145,32 +156,77 @@ def verify_engine(
         BackendUnavailableError, BackendError: the backend does not exist here or fails.
     """
     report_progress = progress or (lambda stage, done, total: None)
-    with open_engine(engine, backend=backend, device=device, threads=threads, check=True) as opened:
+    with (
+        open_engine(engine, backend=backend, device=device, threads=threads, check=True) as opened,
+        open_checkpoint(checkpoint, norm_eps=opened.spec.norm_eps) as source,
+    ):
         file, spec = opened.file, opened.spec
-        version = version_named(spec.version)
+        differences = _differences(file, source)
+        if set(differences) - {MODEL_ID}:
+            return VerifyReport(opened.backend_name, 0, False, differences, (), {})
+        version = source.version
         tokens, is_text = _tokens(opened.tokenizer, spec.vocab_size, n_tokens)
-        with open_checkpoint(checkpoint, norm_eps=spec.norm_eps) as source:
-            same_model = source.model_id() == file.model_id
-            comparable = source.spec == spec
-            weights = source.weights() if comparable else None
-        report_progress("stepping", 0, 4)
+        report_progress("checking weights", 0, 1)
+        checks = _weight_checks(file, source)
+        report_progress("checking weights", 1, 1)
+        report_progress("stepping", 0, 5)
         found = _run_session(opened.session(), tokens)
-        report_progress("stepping", 1, 4)
+        report_progress("stepping", 1, 5)
         own = {name: torch.from_numpy(decode(file.weight(name))) for name in file.tensors}
-        embedding = own[EMBEDDING]
-        expected = _run_torch(version, spec, EagerOps(own), embedding, tokens)
-        report_progress("stepping", 2, 4)
+        expected = _run_torch(version, spec, EagerOps(own), own[EMBEDDING], tokens)
+        report_progress("stepping", 2, 5)
         groups = {name: entry.format.group for name, entry in file.tensors.items()}
-        rounded = _run_torch(version, spec, _RoundedActivationOps(own, groups), embedding, tokens)
-        report_progress("stepping", 3, 4)
-        divergence = {}
-        if weights is not None:
-            folded = version.fold_embedding(weights, spec)
-            original = _run_torch(version, spec, EagerOps(weights), folded, tokens)
-            divergence = _divergence(found["logits"], original["logits"], tokens)
-        report_progress("stepping", 4, 4)
-        checks = tuple(_checks(found, expected, rounded))
-        return VerifyReport(opened.backend_name, len(tokens), is_text, same_model, checks, divergence)
+        rounded = _run_torch(version, spec, _RoundedActivationOps(own, groups), own[EMBEDDING], tokens)
+        del own
+        report_progress("stepping", 3, 5)
+        graph = _run_session(Engine(file, OrtBackend(file, threads, exact=True), None).session(), tokens)
+        checks += _step_checks("graph", graph, expected, expected)
+        checks += _step_checks(opened.backend_name, found, expected, rounded)
+        report_progress("stepping", 4, 5)
+        weights = source.weights()
+        folded = version.fold_embedding(weights, spec)
+        original = _run_torch(version, spec, EagerOps(weights), folded, tokens)
+        report_progress("stepping", 5, 5)
+        divergence = _divergence(found["logits"], original["logits"], tokens)
+        return VerifyReport(opened.backend_name, len(tokens), is_text, differences, tuple(checks), divergence)
+
+
+def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
+    folded = source.version.folded(source.spec)
+    shapes = {rule.name: rule.stored_shape for rule in source.rules if rule.name not in folded}
+    same = {
+        "dimensions": source.spec == file.spec,
+        "state": source.version.state_spec(source.spec) == file.state_spec,
+        "tensors": shapes == {name: entry.shape for name, entry in file.tensors.items()},
+        MODEL_ID: source.model_id() == file.model_id,
+    }
+    return tuple(name for name, equal in same.items() if not equal)
+
+
+def weight_limit(chosen: WeightFormat) -> float:
+    """The largest error, as a part of a tensor's norm, that storing it in a format explains (see the module's page)."""
+    if chosen.group is not None:
+        return 1.01 * math.sqrt(chosen.group) / (2 * {"int8": 127, "int4": 7}[chosen.name])
+    return {"f32": 1e-6, "f16": 2.0**-11, "bf16": 2.0**-8}[chosen.name]
+
+
+def _weight_checks(file: EngineFile, source: Checkpoint) -> list[Check]:
+    """For each format that occurs, its worst tensor against the format's limit."""
+    worst: dict[str, Check] = {}
+    for rule in source.rules:
+        if rule.name not in file.tensors:
+            continue
+        original = source.embedding() if rule.name == EMBEDDING else source.stored(rule)
+        stored = file.weight(rule.name)
+        error = float((torch.from_numpy(decode(stored)) - original).norm() / (original.norm() or 1.0))
+        _keep_worst(worst, Check(f"weights {stored.format}", error, weight_limit(stored.format)))
+    return list(worst.values())
+
+
+def _keep_worst(worst: dict[str, Check], check: Check) -> None:
+    kept = worst.get(check.name)
+    if kept is None or check.strain > kept.strain:
+        worst[check.name] = check
 
 
 def _tokens(tokenizer: Tokenizer | None, vocab_size: int, n_tokens: int) -> tuple[list[int], bool]:
@@ -196,7 +252,8 @@ def _run_torch(
     return {"logits": torch.cat(rows).numpy(), **{name: tensor[0].numpy() for name, tensor in state.items()}}
 
 
-def _checks(
+def _step_checks(
+    what: str,
     found: dict[str, NDArray[np.float32]],
     expected: dict[str, NDArray[np.float32]],
     rounded: dict[str, NDArray[np.float32]],
@@ -208,9 +265,7 @@ def _checks(
         error = float(np.abs(found[name] - reference).max()) / size
         explained = float(np.abs(rounded[name] - reference).max()) / size
         kind = name.split(".")[-1]
-        check = Check(kind, error, FLOAT_LIMIT + ACTIVATION_FACTOR * explained)
-        if kind not in worst or not check.value / check.limit <= worst[kind].value / worst[kind].limit:
-            worst[kind] = check
+        _keep_worst(worst, Check(f"{what} {kind}", error, FLOAT_LIMIT + ACTIVATION_FACTOR * explained))
     return list(worst.values())
 
 

@@ -84,7 +84,7 @@ def _shape(shapes: Shapes, name: str, n_axes: int) -> Shape:
             "the checkpoint lacks a tensor", place=name, expected=f"{n_axes} axes", found="nothing"
         )
     shape = shapes[name]
-    if len(shape) != n_axes:
+    if len(shape) != n_axes or 0 in shape:
         raise TensorShapeError("a tensor has the wrong shape", place=name, expected=f"{n_axes} axes", found=list(shape))
     return shape
 

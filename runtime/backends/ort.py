@@ -38,6 +38,8 @@ class OrtBackend(Backend):
     Args:
         file: the opened engine; its weights are unpacked to ONNX's layout once, here.
         threads: ONNX Runtime's intra-op threads; None lets it choose.
+        exact: multiply in float32 throughout, with weights dequantized in memory; otherwise quantized weights meet
+            activations rounded to int8. For `verify`, which holds the graph to float32's tolerance.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -47,7 +49,7 @@ class OrtBackend(Backend):
     name = "ort"
     in_place = False
 
-    def __init__(self, file: EngineFile, threads: int | None = None) -> None:
+    def __init__(self, file: EngineFile, threads: int | None = None, *, exact: bool = False) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
             raise DependencyError(
                 "the ort backend needs ONNX Runtime", place="backend ort", remedy="pip install 'goslet[ort]'"
@@ -59,7 +61,10 @@ class OrtBackend(Backend):
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
+        if exact:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        else:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
         try:
             self._session = _create_session(file, options)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,28 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 
+import onnx  # noqa: E402
 from random_checkpoint import random_rwkv7, save  # noqa: E402
 
+import goslet  # noqa: E402
 from goslet.enginefile import EngineFile, TensorSource, write_engine  # noqa: E402
 from goslet.errors import ChecksumError  # noqa: E402
+from goslet.export import verify  # noqa: E402
 from goslet.export.verify import verify_engine  # noqa: E402
-from goslet.weights import EncodedWeight  # noqa: E402
+from goslet.weights import decode, encode  # noqa: E402
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
 def test_sound_engine_passes(quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     report = verify_engine(tiny_engines[quant], tiny_checkpoint)
     assert report.passed, report
-    assert {check.name for check in report.checks} == {"logits", "att_shift", "wkv", "ffn_shift"}
+    parts = ("logits", "att_shift", "wkv", "ffn_shift")
+    steps = {check.name: check for check in report.checks if not check.name.startswith("weights")}
+    assert set(steps) == {f"{what} {part}" for what in ("graph", "ort") for part in parts}
+    assert all(check.limit == 3e-5 for name, check in steps.items() if name.startswith("graph"))
+    assert {check.name for check in report.checks if check.name not in steps} >= {"weights f32"}
     if quant == "f32":
-        assert all(check.limit == 3e-5 for check in report.checks)
+        assert all(check.limit == 3e-5 for check in steps.values())
         assert report.divergence["kl_bits_per_token"] < 1e-9
     else:
         assert report.divergence["kl_bits_per_token"] > 1e-9
@@ -41,42 +49,143 @@ def test_quantization_costs_what_its_bits_suggest(tiny_engines: dict[str, Path],
 def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
     save(random_rwkv7(n_layer=1, n_embd=32, head_size=16, vocab_size=256), tmp_path / "other.pth")
     report = verify_engine(tiny_engines["f32"], tmp_path / "other.pth")
-    assert not report.same_model
+    assert set(report.differences) == {"dimensions", "state", "tensors", "model id"}
     assert not report.passed
-    assert report.divergence == {}
+    assert report.checks == ()
 
 
+def rewritten(
+    source: Path,
+    target: Path,
+    *,
+    change_graph: Callable[[onnx.ModelProto], None] | None = None,
+    weights: Mapping[str, str] | None = None,
+    change_weight: Callable[[str, np.ndarray], np.ndarray] | None = None,
+) -> Path:
+    """A well-formed engine with valid checksums and a fault: another graph, swapped names, or other weights."""
+    with EngineFile.open(source) as file:
+        model = onnx.ModelProto.FromString(bytes(file.graph_bytes))
+        if change_graph is not None:
+            change_graph(model)
+        tensors = []
+        for name, entry in file.tensors.items():
+            stored = file.weight((weights or {}).get(name, name))
+            if change_weight is not None:
+                stored = encode(change_weight(name, decode(stored)), entry.format, name)
+            tensors.append(TensorSource(name, entry.format, entry.shape, lambda stored=stored: stored))
+        write_engine(
+            target,
+            spec=file.spec,
+            state_spec=file.state_spec,
+            model_id=file.model_id,
+            graph=model.SerializeToString(),
+            graph_info={"format": "onnx", "opset": 21},
+            tensors=tensors,
+            tokenizer=("bytes", b""),
+            program=None,
+            provenance={},
+            overwrite=False,
+        )
+        del tensors, stored
+    return target
+
+
+def failed(path: Path, checkpoint: Path) -> set[str]:
+    """What kinds of check an engine fails: weights, graph or ort."""
+    report = verify_engine(path, checkpoint)
+    assert report.differences == ()
+    assert report.passed == all(check.passed for check in report.checks)
+    return {check.name.split()[0] for check in report.checks if not check.passed}
+
+
+def flip_a_sign(model: onnx.ModelProto) -> None:
+    next(node for node in model.functions[0].node if node.op_type == "Add").op_type = "Sub"
+
+
+def change_head_norm_eps(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "epsilon" and attribute.f > 1e-4:
+                attribute.f = 1e-5
+
+
+def swap_mixes(model: onnx.ModelProto) -> None:
+    swap = {"blocks.1.att.x_a": "blocks.1.att.x_g", "blocks.1.att.x_g": "blocks.1.att.x_a"}
+    for node in model.graph.node:
+        node.input[:] = [swap.get(name, name) for name in node.input]
+
+
+@pytest.mark.parametrize("quant", ["f32", "int4"])
+@pytest.mark.parametrize("fault", [flip_a_sign, change_head_norm_eps, swap_mixes])
 def test_a_graph_that_is_not_the_step_fails(
-    tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+    quant: str, fault: Callable, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """One sign flipped in the graph (an Add of the recurrence becomes a Sub) is found, within int4's limits too."""
-    import onnx
+    """Also where int4's rounding would hide it: the graph is judged in float32."""
+    path = rewritten(tiny_engines[quant], tmp_path / "x.goslet", change_graph=fault)
+    assert "graph" in failed(path, tiny_checkpoint)
 
-    for quant in ("f32", "int4"):
-        path = tmp_path / f"{quant}.goslet"
-        with EngineFile.open(tiny_engines[quant]) as file:
-            model = onnx.ModelProto.FromString(bytes(file.graph_bytes))
-            node = next(node for node in model.functions[0].node if node.op_type == "Add")
-            node.op_type = "Sub"
-            weights: dict[str, EncodedWeight] = {name: file.weight(name) for name in file.tensors}
-            write_engine(
-                path,
-                spec=file.spec,
-                state_spec=file.state_spec,
-                model_id=file.model_id,
-                graph=model.SerializeToString(),
-                graph_info={"format": "onnx", "opset": 21},
-                tensors=[TensorSource(n, w.format, w.shape, lambda w=w: w) for n, w in weights.items()],
-                tokenizer=("bytes", b""),
-                program=None,
-                provenance={},
-                overwrite=False,
-            )
-            del weights
-        report = verify_engine(path, tiny_checkpoint)
-        assert report.same_model
-        assert not report.passed
-        assert any(check.name == "wkv" and not check.passed for check in report.checks)
+
+@pytest.mark.parametrize("quant", ["f32", "int4"])
+def test_weights_that_are_not_the_checkpoints_fail(
+    quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Whatever they are, graph and backend compute with them what they say; only the weights themselves tell."""
+    swap = {"blocks.0.att.key.weight": "blocks.0.att.receptance.weight"}
+    swap |= {value: key for key, value in swap.items()}
+    source = tiny_engines[quant]
+    assert failed(rewritten(source, tmp_path / "swapped", weights=swap), tiny_checkpoint) == {"weights"}
+
+    def transposed(name: str, value: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(value.T) if name == "blocks.1.att.output.weight" else value
+
+    def without_head(name: str, value: np.ndarray) -> np.ndarray:
+        return value * 0 if name == "head.weight" else value
+
+    for fault in (transposed, without_head):
+        path = rewritten(source, tmp_path / fault.__name__, change_weight=fault)
+        assert failed(path, tiny_checkpoint) == {"weights"}, fault
+
+
+def test_backend_that_errs_more_than_its_rounding_explains(
+    tiny_engines: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend whose logits are off by three times what int8 activations cost here: the graph's checks still pass."""
+    sound = verify_engine(tiny_engines["int4"], tiny_checkpoint)
+    (limit,) = (check.limit for check in sound.checks if check.name == "ort logits")
+    run = verify._run_session
+    calls = []
+
+    def off(session: goslet.Session, tokens: list[int]) -> dict[str, np.ndarray]:
+        outputs = run(session, tokens)
+        calls.append(session)
+        if len(calls) == 1:
+            outputs["logits"] = outputs["logits"] + 1.5 * limit * np.abs(outputs["logits"]).max()
+        return outputs
+
+    monkeypatch.setattr(verify, "_run_session", off)
+    report = verify_engine(tiny_engines["int4"], tiny_checkpoint)
+    assert [check.name for check in report.checks if not check.passed] == ["ort logits"]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("part", ["att_shift", "wkv", "ffn_shift"])
+def test_a_nan_in_any_state_fails(
+    layer: int,
+    part: str,
+    tiny_engines: dict[str, Path],
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = verify._run_session
+
+    def broken(session: goslet.Session, tokens: list[int]) -> dict[str, np.ndarray]:
+        outputs = run(session, tokens)
+        outputs[f"{layer}.{part}"].flat[0] = np.nan
+        return outputs
+
+    monkeypatch.setattr(verify, "_run_session", broken)
+    report = verify_engine(tiny_engines["f32"], tiny_checkpoint, n_tokens=2)
+    assert {check.name for check in report.checks if not check.passed} == {f"graph {part}", f"ort {part}"}
 
 
 def test_a_flipped_weight_bit_is_found_by_checksum(
