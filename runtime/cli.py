@@ -6,17 +6,20 @@ import argparse
 import contextlib
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 from . import __version__
 from .commands import bench, chat, demo, evaluate, export, inspect, run, verify
 from .commands.console import Console
 from .commands.flags import UsageError
-from .errors import GosletError
+from .errors import GosletError, one_line
 
 COMMANDS = (export, run, chat, inspect, verify, evaluate, bench, demo)
 
@@ -37,7 +40,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="goslet",
         description="Compiles RWKV checkpoints into one engine file and runs them.",
-        epilog="Exit codes: 0 success, 1 an error or a failed verification, 2 a usage error, 130 Ctrl-C.",
+        epilog="Exit codes: 0 success, 1 an error or a failed verification, 2 a usage error, 130 Ctrl-C, "
+        "129 and 143 when told to end (SIGHUP, SIGTERM).",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"goslet {__version__}")
@@ -86,7 +90,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _report(problem: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
-    print(f"goslet: error: {' '.join(problem.split())}", file=sys.stderr, flush=True)
+    print(f"goslet: error: {one_line(problem)}", file=sys.stderr, flush=True)
 
 
 def _abandon_stdout() -> None:
@@ -108,6 +112,36 @@ def _run(argv: Sequence[str]) -> int:
     return status
 
 
+class _Ended(SystemExit):
+    """SIGTERM or SIGHUP; unlike the system's own way to end, this one lets output files be cleaned up."""
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Another one, such as the SIGHUP that often follows a SIGTERM, must not cut the cleaning up short.
+    for other in _ENDINGS:
+        if signal.getsignal(other) is _end:
+            signal.signal(other, signal.SIG_IGN)
+    raise _Ended(128 + number)
+
+
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into `_Ended`, where they would end the process and this thread may decide it."""
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name; by default the process's) and return its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -116,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A model writes any character; a terminal in another encoding shows "?" for what it cannot.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _run(words)
+        with _ending_cleanly():
+            return _run(words)
+    except _Ended as ended:
+        # The terminal may be gone, or nobody may read any more.
+        _abandon_stdout()
+        return int(ended.code or FAILURE)
     except SystemExit as done:  # argparse, after --help or --version
         return done.code if isinstance(done.code, int) else SUCCESS
     except UsageError as error:

@@ -1,12 +1,21 @@
 """The errors goslet raises: one base class, one subclass for each thing that a caller may want to tell apart.
 
 Every message names the file, the place in it, what was expected, what was found and what to do about it, as far
-as each of them is known, on one line.
+as each of them is known, on one line and without control characters; the attributes hold the parts as they are.
 """
 
 from __future__ import annotations
 
 import os
+import re
+
+# C0, DEL and C1 drive a terminal; the rest turn the direction of the text around them.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def one_line(text: str) -> str:
+    """A text on one line, with control characters written out (``\\x1b``): fit to be shown wherever it came from."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), " ".join(text.split()))
 
 
 class GosletError(Exception):
@@ -51,7 +60,7 @@ class GosletError(Exception):
             message += f" ({', '.join(details)})"
         if self.remedy:
             message += f"; {self.remedy}"
-        return " ".join(message.split())
+        return one_line(message)
 
 
 class InputError(GosletError, ValueError):

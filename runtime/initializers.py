@@ -6,12 +6,14 @@ Engines store a matrix as rows [out, in]; ONNX multiplies from the right, so the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _native
+from .errors import HeaderError
 from .spec import EMBEDDING
 from .weights import EncodedWeight
 
@@ -19,10 +21,67 @@ if TYPE_CHECKING:
     from .enginefile import EngineFile
 
 SCALE_SUFFIX = ".scale"
+# TensorProto.DataType of onnx.proto.
+ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22}
+_ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
+
+
+class Initializer(NamedTuple):
+    """What a weight is in the graph.
+
+    Attributes:
+        onnx_type: its type, as a number of ONNX's.
+        shape: its shape, [in, out] for a matrix.
+        size_bytes: length of its data; 4-bit numbers lie two to a byte.
+    """
+
+    onnx_type: int
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def expected_initializers(file: EngineFile) -> dict[str, Initializer]:
+    """What `graph_initializers` gives, by name, told from the header alone.
+
+    Raises:
+        HeaderError: a tensor is neither vector nor matrix, or is called as another one's scales.
+    """
+    expected: dict[str, Initializer] = {}
+    for name, entry in file.tensors.items():
+        if name == EMBEDDING:
+            continue
+        if len(entry.shape) > 2:
+            raise HeaderError(
+                "is neither a vector nor a matrix",
+                file=file.path,
+                place=f"tensor {name}",
+                found=f"shape {list(entry.shape)}",
+                remedy="export the engine again",
+            )
+        made = {name: _initializer(entry.format.name, entry.shape[::-1])}
+        if entry.format.is_integer:
+            n_out, n_in = entry.shape
+            made[name + SCALE_SUFFIX] = _initializer("f32", (entry.format.groups(n_in), n_out))
+        for key in made.keys() & expected.keys():
+            raise HeaderError(
+                "is the name of a tensor and of another one's scales",
+                file=file.path,
+                place=f"tensor {key}",
+                remedy="export the engine again",
+            )
+        expected |= made
+    return expected
+
+
+def _initializer(format_name: str, shape: tuple[int, ...]) -> Initializer:
+    return Initializer(ONNX_TYPES[format_name], shape, -(-math.prod(shape) * _ONNX_BITS[format_name] // 8))
 
 
 def graph_initializers(file: EngineFile) -> dict[str, NDArray[np.uint8]]:
-    """The raw bytes of every initializer of an engine's graph, by name; the embedding is not one."""
+    """The raw bytes of every initializer of an engine's graph, by name; the embedding is not one.
+
+    They are as `expected_initializers` says, which also says which engines have none.
+    """
     buffers: dict[str, NDArray[np.uint8]] = {}
     for name in file.tensors:
         if name == EMBEDDING:

@@ -106,6 +106,11 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
     it, leaving it by any exception (Ctrl-C too) removes it. A replaced file keeps its permission bits, a new one gets
     those of the umask. A symbolic link stays and what it points to is replaced.
 
+    What ends the process without an exception (SIGKILL, a power cut; SIGTERM and SIGHUP too, except on the command
+    line, which makes exceptions of them) leaves the hidden file ``.NAME.….tmp``, which may be deleted. On a file
+    system without hard links (FAT, some network folders) it may instead leave an empty file under a name that was new,
+    if it falls between the claiming of that name and the renaming.
+
     Raises:
         OutputError: as `check_output`, also when the file appeared meanwhile; the disk is full or writing failed.
     """

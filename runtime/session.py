@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -16,25 +16,45 @@ from numpy.typing import NDArray
 
 from .backends import Backend, open_backend
 from .enginefile import EngineFile
-from .errors import EmptyPromptError, InputError, TokenError, TokenizerError
+from .errors import EmptyPromptError, InputError, StateError, TokenError, TokenizerError
 from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
 from .spec import ModelSpec, StateSpec
 from .state import State
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
 
 class Session:
     """One conversation: a state of fixed size and the step that moves it on. Made by `Engine.session`.
 
     A session may be used from any thread; calls from several threads wait for each other. Different sessions of one
-    engine run in parallel.
+    engine run in parallel. A call from within another one on the same thread, as a signal handler may make it, cannot
+    wait: it raises StateError. A session belongs to the process that opened its engine: in a child of ``os.fork()``
+    its methods raise InputError, since locks and compute threads of the parent may never answer there. The properties
+    work anywhere at any time.
     """
 
     def __init__(self, engine: Engine, state: State) -> None:
         self._engine = engine
         self._state = state
         self._stepper = engine.backend.stepper(state)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    def _turn(self) -> contextlib.AbstractContextManager[bool]:
+        """The lock, once waiting for it is known to end; taken by ``with`` itself, so that Ctrl-C cannot leak it.
+
+        Raises:
+            StateError: this thread is within another call of this session.
+            InputError: this is not the process that opened the engine.
+        """
+        self._engine.check_process()
+        # Only the lock itself can tell this without a second record, which an interruption might leave wrong.
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise StateError(
+                "the session is busy with another call on this thread",
+                place="session",
+                remedy="from a signal handler, set a flag and act once that call has returned",
+            )
+        return self._lock
 
     @property
     def engine(self) -> Engine:
@@ -75,22 +95,34 @@ class Session:
             EmptyPromptError: there are no tokens.
             TokenError: a token is not an integer or outside the vocabulary; nothing was fed then.
             BackendError: the step failed.
+            InputError: the engine is closed, or was opened by another process.
+            StateError: this thread is within another call of this session.
         """
         ids = self._engine.check_tokens(tokens)
         logits = np.empty((len(ids) if all_logits else 1, self._engine.spec.vocab_size), np.float32)
-        with self._lock:
+        with self._turn():
             self._engine.check_open()
             self._stepper.feed(ids, logits)
         return logits if all_logits else logits[0]
 
     def fork(self) -> Session:
-        """A session of its own that continues from the same state."""
-        with self._lock:
+        """A session of its own that continues from the same state.
+
+        Raises:
+            InputError: the engine was opened by another process.
+            StateError: this thread is within another call of this session, or memory is short.
+        """
+        with self._turn():
             return Session(self._engine, self._state.clone())
 
     def reset(self) -> None:
-        """Go back to the fresh state."""
-        with self._lock:
+        """Go back to the fresh state.
+
+        Raises:
+            InputError: the engine was opened by another process.
+            StateError: this thread is within another call of this session.
+        """
+        with self._turn():
             self._state.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -98,8 +130,11 @@ class Session:
 
         Raises:
             OutputError: the file cannot be written; an existing one is then untouched.
+            StateError: the state holds NaN or infinity, which `load` would refuse (an existing file is untouched), or
+                this thread is within another call of this session.
+            InputError: the path is none, or the engine was opened by another process.
         """
-        with self._lock:
+        with self._turn():
             self._state.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -108,19 +143,27 @@ class Session:
         Raises:
             StateMismatchError: the file's state belongs to another model or layout; the session's state is untouched.
             ContainerError, StateError: the file is damaged; the session's state is untouched.
+            StateError: this thread is within another call of this session.
+            InputError: the engine was opened by another process.
         """
-        with self._lock:
+        with self._turn():
             self._state.load(path)
 
 
 class Engine:
-    """An opened engine file on a backend. Made by `goslet.open`; close it, or use it in a ``with`` statement."""
+    """An opened engine file on a backend. Made by `goslet.open`; close it, or use it in a ``with`` statement.
+
+    An engine belongs to the process that opened it; a child of ``os.fork()`` opens the file again, and the two share
+    the memory that the file is mapped into.
+    """
 
     def __init__(self, file: EngineFile, backend: Backend, tokenizer: Tokenizer | None) -> None:
         self._file = file
         self._backend = backend
         self._tokenizer = tokenizer
         self._uncounted: frozenset[int] | None = None
+        self._forbidden: Mapping[int, float] | None = None
+        self._process = os.getpid()
         self._open = True
 
     @property
@@ -165,9 +208,21 @@ class Engine:
         return Session(self, state)
 
     def check_open(self) -> None:
-        """Raise InputError when the engine was closed."""
+        """Raise InputError when the engine was closed, or opened by another process."""
         if not self._open:
             raise InputError("the engine is closed", file=self._file.path, remedy="open it again with goslet.open")
+        self.check_process()
+
+    def check_process(self) -> None:
+        """Raise InputError when another process opened the engine: this one came from it by ``os.fork()``."""
+        if os.getpid() != self._process:
+            raise InputError(
+                "the engine was opened by another process",
+                file=self._file.path,
+                expected=f"process {self._process}",
+                found=f"process {os.getpid()}",
+                remedy="open it again after os.fork()",
+            )
 
     def check_tokens(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Token ids as int64 [T].
@@ -224,15 +279,20 @@ class Engine:
         )
 
     def sampler(self, options: SamplingOptions) -> Sampler:
-        """A sampler for this engine's vocabulary; whitespace and digits take no penalty where text is known."""
-        vocab_size = self.spec.vocab_size
-        if self._tokenizer is not None and self._tokenizer.vocab_size < vocab_size:
-            # A model may have rows that its tokenizer has no text for; they are never sampled.
-            textless = dict.fromkeys(range(self._tokenizer.vocab_size, vocab_size), -math.inf)
-            options = replace(options, logit_bias={**options.logit_bias, **textless})
-        penalizes = options.presence_penalty != 0 or options.frequency_penalty != 0
-        if self._uncounted is None and penalizes and self._tokenizer is not None:
-            self._uncounted = uncounted_tokens(self._tokenizer)
+        """A sampler for this engine's vocabulary; whitespace and digits take no penalty where text is known.
+
+        Ids that the tokenizer has no text for are never sampled, whatever their bias; the end-of-document token is.
+        """
+        vocab_size, tokenizer = self.spec.vocab_size, self._tokenizer
+        if tokenizer is not None:
+            if self._forbidden is None:
+                # A model may also have rows past its tokenizer's vocabulary.
+                textless = (*tokenizer.textless_tokens(), *range(tokenizer.vocab_size, vocab_size))
+                self._forbidden = dict.fromkeys(textless, -math.inf)
+            options = replace(options, logit_bias={**options.logit_bias, **self._forbidden})
+            penalizes = options.presence_penalty != 0 or options.frequency_penalty != 0
+            if self._uncounted is None and penalizes:
+                self._uncounted = uncounted_tokens(tokenizer)
         return Sampler(options, vocab_size, self._uncounted or ())
 
     def generate_tokens(
@@ -328,7 +388,11 @@ class Engine:
             yield piece
 
     def close(self) -> None:
-        """Close the engine file; sessions of this engine cannot be fed any more."""
+        """Close the engine file; closing it twice is allowed.
+
+        Nothing can be fed and no session made any more. Sessions that exist keep their states: `Session.fork`, `save`,
+        `load`, `reset` and the properties go on working, and a feed that another thread has begun ends normally.
+        """
         self._open = False
         self._file.close()
 
@@ -361,6 +425,7 @@ def open_engine(
     Raises:
         ContainerError: the file is damaged, of a newer format, or not an engine.
         BackendUnavailableError, BackendError: the backend does not exist here or refuses the engine.
+        TokenizerError: the engine's tokenizer cannot be read, or has more ids than the model.
         InputError: an argument cannot be used.
     """
     with contextlib.ExitStack() as stack:
@@ -368,7 +433,8 @@ def open_engine(
         stack.callback(file.close)
         tokenizer = None
         if file.tokenizer_kind is not None:
-            tokenizer = load_tokenizer(file.tokenizer_kind, file.tokenizer_bytes)
+            tokenizer = load_tokenizer(file.tokenizer_kind, file.tokenizer_bytes, file.path)
+            check_fits(tokenizer, file.spec.vocab_size, file.path)
         engine = Engine(file, open_backend(backend, file, device, threads), tokenizer)
         stack.pop_all()
     return engine

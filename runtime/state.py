@@ -24,6 +24,8 @@ STATE_FILE_MAGIC = b"GOSLETST"
 STATE_FILE_VERSION = 1
 MAX_TOKENS_SEEN = (1 << 63) - 1
 
+_COUNT_SHAPE = (2,)  # float32, as long as one int64
+
 Tensors: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 
 
@@ -31,15 +33,16 @@ class State:
     """Everything that a session remembers.
 
     All memory is allocated here, once; no address changes during the state's life. A backend that cannot update a
-    state in place reads `front`, writes `back` and calls `swap`, which exchanges the two names and moves nothing.
+    state in place reads `front`, writes `back` and calls `advance`, which exchanges the two and moves nothing.
+
+    Every buffer carries its own token count behind its tensors, and one index says which buffer is the front. So each
+    change of a state is one assignment or one call of native code, and an exception that falls anywhere (Ctrl-C)
+    leaves the state as it was before that change or after it.
 
     Args:
         spec: the tensors, their shapes and their initial values.
         model_id: the model that the state belongs to.
         double_buffered: whether there is a back buffer.
-
-    Attributes:
-        tokens_seen: tokens fed since the fresh state.
 
     Raises:
         StateError: the state is larger than goslet allows or than the memory at hand.
@@ -48,9 +51,10 @@ class State:
     def __init__(self, spec: StateSpec, model_id: str, *, double_buffered: bool = False) -> None:
         self.spec = spec
         self.model_id = model_id
-        self.tokens_seen = 0
         self._buffers = [_allocate(spec) for _ in range(2 if double_buffered else 1)]
         self._views = [_views(spec, buffer) for buffer in self._buffers]
+        self._counts = [_count_view(spec, buffer) for buffer in self._buffers]
+        self._front = 0
 
     @property
     def double_buffered(self) -> bool:
@@ -58,18 +62,23 @@ class State:
         return len(self._buffers) == 2
 
     @property
+    def tokens_seen(self) -> int:
+        """Tokens fed since the fresh state; the count stops at 2^63 - 1."""
+        return int(self._counts[self._front][0])
+
+    @property
     def size_bytes(self) -> int:
-        """Bytes of all the state's buffers, alignment included."""
+        """Bytes of all the state's buffers, alignment and token counts included."""
         return sum(buffer.size_bytes for buffer in self._buffers)
 
     @property
     def front(self) -> Tensors:
         """The present state: writable float32 views by tensor name, each in its spec's shape and 64-byte aligned."""
-        return self._views[0]
+        return self._views[self._front]
 
     @property
     def back(self) -> Tensors:
-        """Where the next state is written before `swap`, like `front`; what it holds before that means nothing.
+        """Where the next state is written before `advance`, like `front`; what it holds before that means nothing.
 
         Raises:
             InputError: the state has no back buffer.
@@ -78,47 +87,37 @@ class State:
 
     @property
     def front_buffer(self) -> StateBuffer:
-        """The buffer behind `front`, for native code."""
-        return self._buffers[0]
-
-    @property
-    def back_buffer(self) -> StateBuffer:
-        """The buffer behind `back`, for native code.
-
-        Raises:
-            InputError: the state has no back buffer.
-        """
-        return self._buffers[self._back_index()]
+        """The buffer behind `front`, for native code: the spec's tensors, and one more that holds the token count."""
+        return self._buffers[self._front]
 
     def _back_index(self) -> int:
         if not self.double_buffered:
             raise InputError("the state has no back buffer", remedy="make it with double_buffered=True")
-        return 1
+        return 1 - self._front
 
-    def swap(self) -> None:
-        """Let the back buffer be the front and the front the back.
+    def advance(self) -> None:
+        """Let the back buffer, which a step has written, be the front, one token further than the front was.
 
         Raises:
             InputError: the state has no back buffer.
         """
-        self._back_index()
-        self._buffers.reverse()
-        self._views.reverse()
+        back = self._back_index()
+        self._counts[back][0] = min(self.tokens_seen + 1, MAX_TOKENS_SEEN)
+        self._front = back
 
     def reset(self) -> None:
         """Return to the fresh state."""
         for buffer in self._buffers:
             buffer.reset()
-        self.tokens_seen = 0
 
     def clone(self) -> State:
-        """An independent state with the same values, buffering and position."""
+        """An independent state with the same values, buffering and token count."""
         twin = State(self.spec, self.model_id, double_buffered=self.double_buffered)
         twin.copy_from(self)
         return twin
 
     def copy_from(self, other: State) -> None:
-        """Take another state's values and position; the two may be buffered differently.
+        """Take another state's values and token count; the two may be buffered differently.
 
         Raises:
             StateMismatchError: it is of another model or layout; this state is then unchanged.
@@ -126,7 +125,6 @@ class State:
         self._check_model(other.model_id, None)
         self._check_layout(other.spec, None)
         self.front_buffer.copy_from(other.front_buffer)
-        self.tokens_seen = other.tokens_seen
 
     def save(self, path: Path) -> None:
         """Write a state file; an existing file is replaced once the new one is whole.
@@ -148,7 +146,7 @@ class State:
         )
 
     def load(self, path: Path) -> None:
-        """Take the values and the position of a state file. Whenever this raises, the state is unchanged.
+        """Take the values and the token count of a state file. Whenever this raises, the state is unchanged.
 
         Raises:
             StateMismatchError: the file's state is of another model or another layout.
@@ -170,8 +168,8 @@ class State:
             staged = _allocate(self.spec)
             _fill(_views(self.spec, staged), container.section("state"), self.spec.size_bytes)
         _check_finite(_views(self.spec, staged).items(), path)
+        _count_view(self.spec, staged)[0] = tokens_seen
         self.front_buffer.copy_from(staged)
-        self.tokens_seen = tokens_seen
 
     def _check_model(self, model_id: str, file: Path | None) -> None:
         if model_id != self.model_id:
@@ -213,14 +211,21 @@ class State:
 
 
 def _allocate(spec: StateSpec) -> StateBuffer:
+    shapes = [tensor.shape for tensor in spec.tensors]
+    inits = [tensor.init for tensor in spec.tensors]
     try:
-        return StateBuffer([tensor.shape for tensor in spec.tensors], [tensor.init for tensor in spec.tensors])
+        return StateBuffer([*shapes, _COUNT_SHAPE], [*inits, 0.0])
     except (ValueError, MemoryError) as error:
         raise StateError(f"a state cannot be allocated: {error}", found=f"{spec.size_bytes} bytes") from error
 
 
 def _views(spec: StateSpec, buffer: StateBuffer) -> Tensors:
     return MappingProxyType({tensor.name: buffer.tensor(index) for index, tensor in enumerate(spec.tensors)})
+
+
+def _count_view(spec: StateSpec, buffer: StateBuffer) -> NDArray[np.int64]:
+    """The token count [1], in the bytes of the buffer's last tensor; two zeros as float32 are also the integer 0."""
+    return buffer.tensor(len(spec.tensors)).view(np.int64)
 
 
 def _check_finite(tensors: Iterable[tuple[str, NDArray[np.float32]]], file: Path) -> None:

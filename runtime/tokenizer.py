@@ -33,6 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 _MAX_LINE_CHARACTERS = 4096
 _AGAIN = "get the file again"
+# Unicode's own; at most 18 characters come of one.
+_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 class StreamDecoder:
@@ -85,8 +87,14 @@ class Tokenizer(ABC):
     def end_token(self) -> int | None:
         """The id that ends a document, if there is one."""
 
+    @abstractmethod
+    def textless_tokens(self) -> frozenset[int]:
+        """The ids that stand for no bytes, `end_token` excepted: nothing that is written can need them."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special token is added.
+
+        Text is text: where it spells a special token such as ``<|endoftext|>``, it is encoded by its letters.
 
         Raises:
             InputError: `text` is not a string, or holds half a surrogate pair, which is not Unicode text.
@@ -168,6 +176,10 @@ class BytesTokenizer(Tokenizer):
         """None."""
         return None
 
+    def textless_tokens(self) -> frozenset[int]:
+        """None of them."""
+        return frozenset()
+
     def _encode(self, text: str, utf8: bytes) -> list[int]:
         return list(utf8)
 
@@ -235,6 +247,10 @@ class WorldTokenizer(Tokenizer):
         """0."""
         return 0
 
+    def textless_tokens(self) -> frozenset[int]:
+        """65530 to 65535."""
+        return frozenset(range(WORLD_LAST_ID + 1, WORLD_VOCAB_SIZE))
+
     def _encode(self, text: str, utf8: bytes) -> list[int]:
         return self._trie.encode(utf8)[0]
 
@@ -250,15 +266,17 @@ class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` whose tokens are byte strings (decoder ``ByteLevel``), run by the package `tokenizers`.
 
     Truncation and padding that the file may ask for are off, and its post-processor adds no tokens: a prompt is fed
-    as it stands. Tokens that the file marks as special decode to no bytes. What the file's normalizer changes stays
-    changed, and bytes that its vocabulary lacks are left out when it names no unknown token: both as that package does.
+    as it stands, without special tokens even where it spells one. Tokens that the file marks as special decode to no
+    bytes. What the file's normalizer changes stays changed, and bytes that its vocabulary lacks are left out when it
+    names no unknown token: both as that package does. The normalizer may be one of Unicode's (RWKV-4 Pile's is NFC);
+    others, such as Replace, can make a short text endless and are refused.
 
     Args:
         data: the file's content.
         file: its name, for errors.
 
     Raises:
-        TokenizerError: it cannot be read, or its tokens are not byte strings.
+        TokenizerError: it cannot be read, its tokens are not byte strings, or its normalizer is not one of Unicode's.
     """
 
     kind = "hf"
@@ -287,6 +305,13 @@ class HuggingFaceTokenizer(Tokenizer):
         """The id of ``<|endoftext|>``, if the file has it."""
         return self._end_token
 
+    def textless_tokens(self) -> frozenset[int]:
+        """The ids that the file leaves out below `vocab_size`, and its special tokens."""
+        known = self._tokenizer.get_vocab(with_added_tokens=True)
+        unused = set(range(self._vocab_size)).difference(known.values())
+        empty = {token for token in (*self._added, known.get("")) if token is not None and not self._token_bytes(token)}
+        return frozenset((unused | empty) - {self._end_token})
+
     def _encode(self, text: str, utf8: bytes) -> list[int]:
         with _package_errors("the tokenizer failed", self._file):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -310,8 +335,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._data
 
 
-def load_tokenizer(kind: str, blob: bytes | memoryview) -> Tokenizer:
+def load_tokenizer(kind: str, blob: bytes | memoryview, file: Path | None = None) -> Tokenizer:
     """The tokenizer whose `kind` and `to_bytes` an engine file records.
+
+    Args:
+        kind: its kind.
+        blob: what `Tokenizer.to_bytes` gave.
+        file: the engine file, for errors.
 
     Raises:
         TokenizerError: the kind is unknown or the bytes are not what it writes.
@@ -320,16 +350,19 @@ def load_tokenizer(kind: str, blob: bytes | memoryview) -> Tokenizer:
         try:
             trie = VocabularyTrie.from_blob(blob)
         except ValueError as error:
-            raise TokenizerError(str(error), place="tokenizer", remedy="export the engine again") from None
-        return WorldTokenizer(trie)
+            raise TokenizerError(str(error), file=file, place="tokenizer", remedy="export the engine again") from None
+        return WorldTokenizer(trie, file)
     if kind == HuggingFaceTokenizer.kind:
-        return HuggingFaceTokenizer(bytes(blob))
+        return HuggingFaceTokenizer(bytes(blob), file)
     if kind == BytesTokenizer.kind:
         if len(blob):
-            raise TokenizerError("should be empty", place="tokenizer", expected="0 bytes", found=f"{len(blob)} bytes")
+            raise TokenizerError(
+                "should be empty", file=file, place="tokenizer", expected="0 bytes", found=f"{len(blob)} bytes"
+            )
         return BytesTokenizer()
     raise TokenizerError(
         "is of an unknown kind",
+        file=file,
         place="tokenizer",
         expected="bytes, hf or world",
         found=repr(kind)[:50],
@@ -376,12 +409,13 @@ def world_tokenizer() -> WorldTokenizer:
     )
 
 
-def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_fits(tokenizer: Tokenizer, vocab_size: int, file: Path | None = None) -> None:
     """Refuse a tokenizer that can give ids that a model has no row for.
 
     Args:
         tokenizer: the tokenizer.
         vocab_size: V, rows of the model's embedding.
+        file: the engine file that holds both, for errors.
 
     Raises:
         TokenizerError: its vocabulary is larger.
@@ -389,6 +423,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             "the tokenizer's vocabulary is larger than the model's",
+            file=file,
             place=f"tokenizer of kind {tokenizer.kind}",
             expected=f"at most {vocab_size} ids",
             found=tokenizer.vocab_size,
@@ -490,8 +525,18 @@ def _parse_hugging_face(data: bytes, file: Path | None) -> tokenizers.Tokenizer:
             found=type(tokenizer.decoder).__name__,
             remedy="use a byte-level tokenizer",
         )
+    if tokenizer.normalizer is not None and type(tokenizer.normalizer).__name__ not in _NORMALIZERS:
+        raise TokenizerError(
+            "its normalizer may make a short text endless",
+            file=file,
+            place="normalizer",
+            expected=f"none, {', '.join(_NORMALIZERS)}",
+            found=type(tokenizer.normalizer).__name__,
+            remedy="use a tokenizer without it",
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

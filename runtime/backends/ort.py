@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BackendError, DependencyError
-from ..initializers import graph_initializers
+from ..graph_check import check_step_graph
+from ..initializers import expected_initializers, graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
 from ..weights import EncodedWeight, decode_rows
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 ACCURACY_LEVEL = "4"
 # It would join a residual to the product before it, and so keep two of a layer's weights from becoming MatMulNBits.
 DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
-MODEL_FILE = "step.onnx"
+# No tensor's name begins with a dot, so none of them can take this one's place.
+MODEL_FILE = ".step.onnx"
+BATCH = "B"
+# ONNX Runtime would print what it raises.
+FATAL = 4
 
 
 class OrtBackend(Backend):
@@ -43,7 +48,8 @@ class OrtBackend(Backend):
 
     Raises:
         DependencyError: onnxruntime is not installed.
-        BackendError: ONNX Runtime refuses the graph.
+        HeaderError: the header's tensors cannot be a graph's.
+        BackendError: the graph is not a step on the header's weights, or ONNX Runtime refuses it.
     """
 
     name = "ort"
@@ -57,7 +63,7 @@ class OrtBackend(Backend):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -65,8 +71,11 @@ class OrtBackend(Backend):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         else:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
+        # A copy, so that what is checked is what is run, whatever becomes of the file.
+        graph = bytes(file.graph_bytes)
+        check_step_graph(graph, expected_initializers(file), file.graph_info["opset"], file.path)
         try:
-            self._session = _create_session(file, options)
+            self._session = _create_session(file, graph, options)
         except OSError as error:
             raise BackendError(
                 f"weights for ONNX Runtime cannot be written: {error.strerror}",
@@ -91,11 +100,10 @@ class OrtBackend(Backend):
         return _OrtStepper(self._session, self._embedding, self._n_embd, self._vocab_size, state)
 
 
-def _create_session(file: EngineFile, options: Any) -> Any:
+def _create_session(file: EngineFile, graph: bytes, options: Any) -> Any:
     import onnxruntime
 
     settings = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": DISABLED_OPTIMIZERS}
-    graph = bytes(file.graph_bytes)
     initializers = graph_initializers(file)
     if hasattr(options, "add_external_initializers_from_files_in_memory"):
         # ONNX Runtime copies what it needs while the session is created; the buffers must live until then.
@@ -147,8 +155,7 @@ class _OrtStepper(Stepper):
                     place=f"token {index} of this feed",
                     remedy="the session's state is as it was before this token",
                 ) from error
-            self._state.swap()
-            self._state.tokens_seen += 1
+            self._state.advance()
             if every:
                 logits[index] = self._logits[0]
         if not every:
@@ -167,19 +174,18 @@ def _check_signature(session: Any, file: EngineFile) -> None:
         "inputs": {"x": [spec.n_embd], **{f"state_in.{name}": shape for name, shape in states.items()}},
         "outputs": {"logits": [spec.vocab_size], **{f"state_out.{name}": shape for name, shape in states.items()}},
     }
-    found = {
-        "inputs": {value.name: value.shape[1:] for value in session.get_inputs()},
-        "outputs": {value.name: value.shape[1:] for value in session.get_outputs()},
-    }
+    found = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
     for side in expected:
-        for name in expected[side].keys() | found[side].keys():
-            if expected[side].get(name) != found[side].get(name):
+        right = {name: f"tensor(float) {[BATCH, *shape]}" for name, shape in expected[side].items()}
+        real = {value.name: f"{value.type} {value.shape}" for value in found[side]}
+        for name in [*right, *real]:
+            if right.get(name) != real.get(name):
                 raise BackendError(
                     f"the graph's {side} are not those that the header states",
                     file=file.path,
                     place=name,
-                    expected=expected[side].get(name, "nothing"),
-                    found=found[side].get(name, "nothing"),
+                    expected=right.get(name, "nothing"),
+                    found=real.get(name, "nothing"),
                     remedy="export the engine again",
                 )
     shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"

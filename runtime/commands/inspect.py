@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..enginefile import EngineFile
+from ..errors import one_line
 from .console import Console, readable_size
 
 NAME = "inspect"
@@ -79,7 +80,8 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
     for name, size_bytes in report["sections"].items():
         lines[f"section {name}"] = readable_size(size_bytes)
     for name, value in report["provenance"].items():
-        lines[f"made with {name}"] = value if isinstance(value, str) else json.dumps(value)
+        lines[f"made with {one_line(name)}"] = value if isinstance(value, str) else json.dumps(value)
     width = max(map(len, lines))
     for name, value in lines.items():
-        console.line(f"{name:<{width}}  {value}")
+        # What a file says, a terminal must not take for commands.
+        console.line(f"{name:<{width}}  {one_line(value)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import onnx  # noqa: E402
 from random_checkpoint import random_rwkv7, save  # noqa: E402
 
 import goslet  # noqa: E402
+from goslet.backends.ort import DISABLED_OPTIMIZERS  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import (  # noqa: E402
+    InputError,
     OutputError,
     QuantizationError,
     TensorValueError,
@@ -124,7 +128,10 @@ def test_self_contained_onnx_equals_the_engine(one_layer: Path, tmp_path: Path) 
         assert model.graph.input[0].name == "token"
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        alone = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # The same products in the same order as the engine's session, so that results are equal.
+        alone = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+        )
         with goslet.open(tmp_path / f"{quant}.goslet") as engine:
             session = engine.session()
             state = {f"state_in.{name}": view[None].copy() for name, view in session.state.front.items()}
@@ -158,10 +165,13 @@ def test_a_bad_weight_found_late_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
-@pytest.mark.parametrize("stage", ["tracing", "hashing", "quantizing"])
-def test_interrupt_leaves_nothing(stage: str, one_layer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [1, 20, "last"])
+def test_interrupt_leaves_nothing(when: int | str, one_layer: Path, tmp_path: Path) -> None:
+    """At the first weight, in the middle, and when the last one is made but the file has not got its name yet."""
+
     def interrupt(name: str, done: int, total: int) -> None:
-        if name == stage and done:
+        if name == "quantizing" and done == (total if when == "last" else when):
+            assert any(entry.endswith(".tmp") for entry in os.listdir(tmp_path)), "the test is about a file begun"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -219,3 +229,50 @@ def test_report_and_provenance(one_layer: Path, tmp_path: Path) -> None:
         assert engine.provenance["source"] == "one.pth"
         assert str(tmp_path) not in str(engine.provenance)
         assert engine.model_id == report.model_id
+
+
+def test_norm_eps_reaches_graph_and_spec(one_layer: Path, tmp_path: Path) -> None:
+    export_engine(one_layer, tmp_path / "x.goslet", norm_eps=1e-5)
+    with EngineFile.open(tmp_path / "x.goslet") as engine:
+        assert engine.spec.norm_eps == 1e-5
+        graph = onnx.ModelProto.FromString(bytes(engine.graph_bytes)).graph
+        values = {round(a.f, 9) for node in graph.node for a in node.attribute if a.name == "epsilon"}
+        assert values == {1e-5}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "x", 3])
+def test_norm_eps_that_is_no_positive_float(value: object, one_layer: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="norm_eps"):
+        export_engine(one_layer, tmp_path / "x.goslet", norm_eps=value)  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == ["one.pth"]
+
+
+def test_nothing_that_is_read_is_written_over(one_layer: Path, tmp_path: Path) -> None:
+    before = one_layer.read_bytes()
+    (tmp_path / "link.goslet").symlink_to(one_layer)
+    for output in (one_layer, tmp_path / "link.goslet"):
+        with pytest.raises(OutputError, match="is also the checkpoint"):
+            export_engine(one_layer, output, overwrite=True)
+    with pytest.raises(OutputError, match="is also the engine"):
+        export_engine(one_layer, tmp_path / "x.goslet", onnx=tmp_path / "x.goslet", overwrite=True)
+    vocabulary = tmp_path / "tokenizer.json"
+    vocabulary.write_text("{}")
+    with pytest.raises(OutputError, match="is also the tokenizer"):
+        export_engine(one_layer, vocabulary, tokenizer=vocabulary, overwrite=True)
+    assert one_layer.read_bytes() == before
+    assert vocabulary.read_text() == "{}"
+    assert not (tmp_path / "x.goslet").exists()
+
+
+def test_exports_in_two_threads_leave_the_process_as_it_was(one_layer: Path, tmp_path: Path) -> None:
+    logger = logging.getLogger("torch.onnx")
+    before = (sys.stdout, logger.level)
+    threads = [
+        threading.Thread(target=export_engine, args=(one_layer, tmp_path / f"{index}.goslet")) for index in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (sys.stdout, logger.level) == before
+    assert (tmp_path / "0.goslet").read_bytes() == (tmp_path / "1.goslet").read_bytes()

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goslet import errors
+from goslet import state as state_module
 from goslet.container import Section, write_container
 from goslet.spec import StateSpec, StateTensor
-from goslet.state import STATE_FILE_MAGIC, STATE_FILE_VERSION, State
+from goslet.state import MAX_TOKENS_SEEN, STATE_FILE_MAGIC, STATE_FILE_VERSION, State
+
+from .interruptions import interrupted_at
 
 SPEC = StateSpec(
     (
@@ -31,7 +34,8 @@ def fill(state: State, seed: int) -> State:
     for tensors in (state.front, state.back) if state.double_buffered else (state.front,):
         for view in tensors.values():
             view[...] = rng.standard_normal(view.shape)
-    state.tokens_seen = seed
+    # As native code does it: the count lies behind the tensors.
+    state.front_buffer.tensor(len(state.spec.tensors)).view(np.int64)[0] = seed
     return state
 
 
@@ -49,7 +53,7 @@ class TestBuffers:
         state = State(SPEC, MODEL, double_buffered=double_buffered)
         assert state.double_buffered is double_buffered
         assert state.tokens_seen == 0
-        assert state.size_bytes == 64 * (1 + 2 + 1) * (1 + double_buffered)
+        assert state.size_bytes == 64 * (1 + 2 + 1 + 1) * (1 + double_buffered)
         assert list(state.front) == ["0.att_shift", "0.wkv", "0.pp"]
         for tensor in SPEC.tensors:
             view = state.front[tensor.name]
@@ -62,8 +66,8 @@ class TestBuffers:
         state.reset()
         assert snapshot(state) == snapshot(State(SPEC, MODEL))
         if double_buffered:
-            state.swap()
-            assert snapshot(state) == snapshot(State(SPEC, MODEL))
+            state.advance()
+            assert snapshot(state)[1] == snapshot(State(SPEC, MODEL))[1]
 
     def test_clone_shares_nothing(self, double_buffered: bool) -> None:
         state = fill(State(SPEC, MODEL, double_buffered=double_buffered), 7)
@@ -85,7 +89,7 @@ class TestBuffers:
     def test_a_file_gives_back_the_state_exactly(self, double_buffered: bool, tmp_path: Path) -> None:
         state = fill(State(SPEC, MODEL, double_buffered=double_buffered), 7)
         if double_buffered:
-            state.swap()
+            state.advance()
         state.save(tmp_path / "s.state")
         other = State(SPEC, MODEL, double_buffered=not double_buffered)
         before = addresses(other.front)
@@ -94,23 +98,72 @@ class TestBuffers:
         assert addresses(other.front) == before
 
 
-def test_swapping_exchanges_two_fixed_buffers() -> None:
+def test_advancing_exchanges_two_fixed_buffers_and_counts() -> None:
     state = State(SPEC, MODEL, double_buffered=True)
     front, back = addresses(state.front), addresses(state.back)
     assert set(front.values()).isdisjoint(back.values())
-    state.back["0.wkv"][...] = 5
-    state.swap()
-    assert (addresses(state.front), addresses(state.back)) == (back, front)
-    assert (state.front["0.wkv"] == 5).all()
-    assert np.shares_memory(np.frombuffer(state.front_buffer, np.float32), state.front["0.wkv"])
-    assert np.shares_memory(np.frombuffer(state.back_buffer, np.float32), state.back["0.wkv"])
+    for count in (1, 2, 3):
+        state.back["0.wkv"][...] = count
+        state.advance()
+        front, back = back, front
+        assert (addresses(state.front), addresses(state.back)) == (front, back)
+        assert (state.front["0.wkv"] == count).all()
+        assert state.tokens_seen == count
+        assert np.shares_memory(np.frombuffer(state.front_buffer, np.float32), state.front["0.wkv"])
 
 
 def test_a_single_buffered_state_has_no_back() -> None:
     state = State(SPEC, MODEL)
-    for call in (lambda: state.back, lambda: state.back_buffer, state.swap):
+    for call in (lambda: state.back, state.advance):
         with pytest.raises(errors.InputError, match="no back buffer"):
             call()
+
+
+def test_the_count_stops_where_a_file_could_not_hold_it(tmp_path: Path) -> None:
+    state = fill(State(SPEC, MODEL, double_buffered=True), MAX_TOKENS_SEEN - 1)
+    for _ in range(3):
+        state.advance()
+        assert state.tokens_seen == MAX_TOKENS_SEEN
+    state.save(tmp_path / "old.state")
+    other = State(SPEC, MODEL)
+    other.load(tmp_path / "old.state")
+    assert snapshot(other) == snapshot(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "double_buffered"),
+    [("advance", True), *((change, both) for change in ("reset", "copy_from", "load") for both in (False, True))],
+)
+def test_ctrl_c_falls_before_a_change_or_after_it(change: str, double_buffered: bool, tmp_path: Path) -> None:
+    other = fill(State(SPEC, MODEL), 5)
+    other.save(tmp_path / "5.state")
+    arguments = {"copy_from": (other,), "load": (tmp_path / "5.state",)}.get(change, ())
+    changed = fill(State(SPEC, MODEL, double_buffered=double_buffered), 4)
+    before = snapshot(changed)
+    getattr(changed, change)(*arguments)
+    after = snapshot(changed)
+    assert before != after
+    met = set()
+    place = 0
+    while True:
+        state = fill(State(SPEC, MODEL, double_buffered=double_buffered), 4)
+        interrupted = interrupted_at(place, lambda state=state: getattr(state, change)(*arguments), state_module)
+        met.add(snapshot_key(state, before, after, place))
+        assert addresses(state.front)["0.att_shift"] == state.front_buffer.tensor(0).__array_interface__["data"][0]
+        if not interrupted:
+            break
+        # Nothing stays behind that a later change stumbles over.
+        state.load(tmp_path / "5.state")
+        assert snapshot(state) == snapshot(other)
+        place += 1
+    assert place > 5
+    assert met == {"before", "after"}
+
+
+def snapshot_key(state: State, before: tuple, after: tuple, place: int) -> str:
+    found = snapshot(state)
+    assert found in (before, after), f"half changed by Ctrl-C before instruction {place}"
+    return "before" if found == before else "after"
 
 
 def test_a_state_outlives_its_owner_only_as_its_own_views() -> None:
