@@ -115,16 +115,25 @@ def _run(argv: Sequence[str]) -> int:
 class _Ended(SystemExit):
     """SIGTERM or SIGHUP; unlike the system's own way to end, this one lets output files be cleaned up."""
 
-
-def _end(number: int, frame: FrameType | None) -> None:
-    # Another one, such as the SIGHUP that often follows a SIGTERM, must not cut the cleaning up short.
-    for other in _ENDINGS:
-        if signal.getsignal(other) is _end:
-            signal.signal(other, signal.SIG_IGN)
-    raise _Ended(128 + number)
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+        super().__init__(self.status)
 
 
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Another one, such as the SIGHUP that often follows a SIGTERM, must not cut the cleaning up short. (With SIG_IGN
+    # in its place, Python would complain about one that has arrived already.)
+    for other in _ENDINGS:
+        if signal.getsignal(other) is _end:
+            signal.signal(other, _go_on_ending)
+    raise _Ended(number)
+
+
+def _go_on_ending(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 @contextlib.contextmanager
@@ -155,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Ended as ended:
         # The terminal may be gone, or nobody may read any more.
         _abandon_stdout()
-        return int(ended.code or FAILURE)
+        return ended.status
     except SystemExit as done:  # argparse, after --help or --version
         return done.code if isinstance(done.code, int) else SUCCESS
     except UsageError as error:

@@ -26,13 +26,13 @@ from typing import Any, NoReturn
 from .errors import BackendError
 from .initializers import Initializer
 
-# A layer takes about 25 kB, and 91 nodes; a header may announce 1024 layers.
+# A layer takes about 20 kB and 100 nodes; a header may announce 1024 layers.
 MAX_GRAPH_BYTES = 32 << 20
 MAX_NODES = 1 << 18
 MAX_INLINE_BYTES = 4096
 MAX_INLINE_TOTAL_BYTES = 64 << 10
-# The first has quantization by groups; later ones have so far changed none of the operators below.
-OPSETS = range(21, 27)
+# The first is the first with quantization by groups, the last the newest that ONNX 1.23 has.
+OPSETS = range(21, 29)
 DOMAIN = "goslet"
 DOMAIN_VERSION = 1
 
@@ -163,8 +163,8 @@ _MODEL = _Message(
 
 
 def check_step_graph(
-    graph: bytes, initializers: Mapping[str, Initializer], opset: int, file: str | os.PathLike[str]
-) -> None:
+    graph: bytes | memoryview, initializers: Mapping[str, Initializer], opset: int, file: str | os.PathLike[str]
+) -> bytes:
     """Refuse a graph that is anything but a step on the header's weights; inputs and outputs are not looked at.
 
     Args:
@@ -173,10 +173,17 @@ def check_step_graph(
         opset: the standard operators' version that the header states.
         file: the engine, for errors.
 
+    Returns:
+        A copy of the graph: what was checked and is to be run, whatever becomes of the file that it lies in.
+
     Raises:
         BackendError: the graph is damaged or breaks a rule of this module; the place in it is named.
     """
-    _Scanner(graph, initializers, opset, file).check()
+    if len(graph) > MAX_GRAPH_BYTES:
+        raise _refusal(file, "", "is too large", f"at most {MAX_GRAPH_BYTES} bytes", f"{len(graph)} bytes")
+    copy = bytes(graph)
+    _Scanner(copy, initializers, opset, file).check()
+    return copy
 
 
 class _Scanner:
@@ -191,8 +198,6 @@ class _Scanner:
         self._inline_bytes = 0
 
     def check(self) -> None:
-        if len(self._data) > MAX_GRAPH_BYTES:
-            self._refuse("", "is too large", f"at most {MAX_GRAPH_BYTES} bytes", f"{len(self._data)} bytes")
         if self._opset not in OPSETS:
             self._refuse("", "is of an unknown opset", f"{OPSETS[0]} to {OPSETS[-1]}", self._opset)
         model = self._read((0, len(self._data)), _MODEL, "")
@@ -453,14 +458,20 @@ class _Scanner:
         self._refuse(place, "holds what a step graph has no use for", f"the fields of {message.name} alone", found)
 
     def _refuse(self, place: str, problem: str, expected: object = None, found: object = None) -> NoReturn:
-        raise BackendError(
-            problem,
-            file=self._file,
-            place=f"section graph, {place}" if place else "section graph",
-            expected=expected,
-            found=found,
-            remedy="export the engine again, and do not use engines from a source that you do not trust",
-        )
+        raise _refusal(self._file, place, problem, expected, found)
+
+
+def _refusal(
+    file: str | os.PathLike[str], place: str, problem: str, expected: object = None, found: object = None
+) -> BackendError:
+    return BackendError(
+        problem,
+        file=file,
+        place=f"section graph, {place}" if place else "section graph",
+        expected=expected,
+        found=found,
+        remedy="export the engine again, and do not use engines from a source that you do not trust",
+    )
 
 
 def _shown(text: str) -> str:

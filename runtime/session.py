@@ -154,7 +154,8 @@ class Engine:
     """An opened engine file on a backend. Made by `goslet.open`; close it, or use it in a ``with`` statement.
 
     An engine belongs to the process that opened it; a child of ``os.fork()`` opens the file again, and the two share
-    the memory that the file is mapped into.
+    the memory that the file is mapped into. ONNX Runtime cannot end in such a child: leave it with ``os._exit()``, as
+    multiprocessing does.
     """
 
     def __init__(self, file: EngineFile, backend: Backend, tokenizer: Tokenizer | None) -> None:

@@ -71,9 +71,7 @@ class OrtBackend(Backend):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         else:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
-        # A copy, so that what is checked is what is run, whatever becomes of the file.
-        graph = bytes(file.graph_bytes)
-        check_step_graph(graph, expected_initializers(file), file.graph_info["opset"], file.path)
+        graph = check_step_graph(file.graph_bytes, expected_initializers(file), file.graph_info["opset"], file.path)
         try:
             self._session = _create_session(file, graph, options)
         except OSError as error:

@@ -174,6 +174,68 @@ def test_ctrl_c_during_an_export_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+ENDED = """
+import os, signal, sys
+from goslet import cli
+from goslet.output import atomic_write
+
+numbers = [int(number) for number in sys.argv[1].split(",")]
+
+def execute(args, console):
+    with atomic_write(args.engine, overwrite=True) as file:
+        file.write(bytes(3 << 20))
+        print("half a line", end="")
+        # So that all of them arrive at once.
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    return 0
+
+cli.inspect.execute = execute
+sys.exit(cli.main(["inspect", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("signals", [["SIGTERM"], ["SIGHUP"], ["SIGTERM", "SIGHUP"]], ids="-".join)
+def test_being_told_to_end_leaves_no_part_of_an_output_file(signals: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.goslet"
+    output.write_bytes(b"precious")
+    numbers = [int(getattr(signal, name)) for name in signals]
+
+    def by_default() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    words = [sys.executable, "-c", ENDED, ",".join(map(str, numbers)), output]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=by_default)
+    assert (done.returncode - 128 in numbers, done.stderr) == (True, ""), done
+    assert os.listdir(tmp_path) == ["out.goslet"]
+    assert output.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])
+def test_signals_are_taken_only_where_they_would_end_the_process(
+    disposition: signal.Handlers, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during = []
+
+    def execute(args: object, console: object) -> int:
+        during.extend(signal.getsignal(number) for number in numbers)
+        return 0
+
+    monkeypatch.setattr(cli.inspect, "execute", execute)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, disposition) for number in numbers]
+    try:
+        assert run("inspect", "e").code == 0
+        assert [handler is disposition for handler in during] == [disposition is signal.SIG_IGN] * 2
+        assert [signal.getsignal(number) for number in numbers] == [disposition] * 2
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_the_export_extra_is_asked_for_where_it_is_missing(run: Run, tmp_path: Path) -> None:
     program = (
         "import sys\n"
@@ -204,6 +266,39 @@ def test_inspect_agrees_with_the_file(run: Run, tiny_engines: dict[str, Path]) -
         lines = run("inspect", path).out.splitlines()
         assert any(line.startswith("model") and "2 layers" in line for line in lines)
         assert any(line.startswith("section graph") for line in lines)
+
+
+def test_a_file_cannot_drive_the_terminal(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    from goslet.enginefile import TensorSource, write_engine
+
+    nasty = "\x1b]0;owned\x07\x9b2J\u202eback\r\n\x7fend"
+    with EngineFile.open(tiny_engine) as file:
+        write_engine(
+            tmp_path / "x.goslet",
+            spec=file.spec,
+            state_spec=file.state_spec,
+            model_id=file.model_id,
+            graph=bytes(file.graph_bytes),
+            graph_info={"format": "onnx", "opset": 21, nasty: nasty},
+            tensors=[
+                TensorSource(name, entry.format, entry.shape, lambda name=name: file.weight(name))
+                for name, entry in file.tensors.items()
+            ],
+            tokenizer=None,
+            program=None,
+            provenance={nasty: nasty},
+            overwrite=False,
+        )
+    outcome = run("inspect", tmp_path / "x.goslet")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.replace("\n", "").isprintable()
+    assert r"\x1b]0;owned\x07\x9b2J\u202eback \x7fend" in outcome.out
+    assert json.loads(run("inspect", tmp_path / "x.goslet", "--json").out)["provenance"] == {nasty: nasty}
+    for words in (["inspect", tmp_path / nasty], ["inspect", "e", nasty], ["run", tmp_path / nasty, "--tokens", nasty]):
+        outcome = run(*words)
+        assert_one_line_error(outcome, outcome.code)
+        assert outcome.code in (1, 2)
+        assert outcome.err.removesuffix("\n").isprintable()
 
 
 def test_inspect_loads_no_backend_and_no_torch(tiny_engine: Path) -> None:

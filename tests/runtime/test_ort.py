@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import goslet
 from goslet.errors import BackendError, DependencyError
+
+from .rewriting import rewritten
 
 pytest.importorskip("torch", reason="exporting the test's engines needs torch")
 onnxruntime = pytest.importorskip("onnxruntime", reason="this is about ONNX Runtime")
@@ -43,6 +47,104 @@ def test_old_version_without_room_for_its_files(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     with pytest.raises(BackendError, match="TMPDIR"):
         goslet.open(tiny_engine)
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "model.onnx", "a..b"])
+def test_no_tensor_takes_the_place_of_the_graph(
+    name: str, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where weights go to files, whatever an engine may call a tensor is another file than the graph's."""
+    onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
+    with goslet.open(tiny_engine) as engine:
+        expected = engine.session().feed([1, 2, 3])
+        model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
+    renamed = next(value for value in model.graph.initializer if value.name == "ln_out.bias")
+    renamed.name = renamed.external_data[0].value = name
+    for node in model.graph.node:
+        node.input[:] = [name if value == "ln_out.bias" else value for value in node.input]
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString(), renamed={"ln_out.bias": name})
+    monkeypatch.setattr(onnxruntime, "SessionOptions", OldOptions)
+    with goslet.open(path) as engine:
+        np.testing.assert_array_equal(engine.session().feed([1, 2, 3]), expected)
+
+
+def test_graph_that_onnx_runtime_refuses_is_not_printed_about(
+    tiny_engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
+    with goslet.open(tiny_engine) as engine:
+        model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
+    next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "MatMul"
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
+    capfd.readouterr()
+    with pytest.raises(BackendError, match=r"x\.goslet: section graph: ONNX Runtime refuses"):
+        goslet.open(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_step_that_fails_is_not_printed_about_and_keeps_the_state(
+    tiny_engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Logits that turn out twice as many as they are declared: ONNX Runtime must not write past their buffer."""
+    onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
+    with goslet.open(tiny_engine) as engine:
+        model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
+    for node in model.graph.node:
+        node.output[:] = ["once" if name == "logits" else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Concat", ["once", "once"], ["logits"], axis=0))
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
+    capfd.readouterr()
+    with goslet.open(path) as engine:
+        session = engine.session()
+        with pytest.raises(BackendError, match="token 0 of this feed"):
+            session.feed([1])
+        assert session.tokens_seen == 0
+        assert not any(view.any() for view in session.state.front.values())
+    assert capfd.readouterr() == ("", "")
+
+
+def signature_edits() -> dict[str, Callable[[Any], None]]:
+    """Edits of a graph after which its inputs or outputs are not float32 with a free first axis, by whose they are."""
+
+    def wide_logits(model: Any) -> None:
+        output = next(value for value in model.graph.output if value.name == "logits")
+        output.type.tensor_type.elem_type = DOUBLE
+        for node in model.graph.node:
+            node.output[:] = ["narrow" if name == "logits" else name for name in node.output]
+        node = model.graph.node.add(op_type="Cast", input=["narrow"], output=["logits"])
+        node.attribute.add(name="to", type=2, i=DOUBLE)
+
+    def wide_x(model: Any) -> None:
+        next(value for value in model.graph.input if value.name == "x").type.tensor_type.elem_type = DOUBLE
+        for node in model.graph.node:
+            node.input[:] = ["narrow" if name == "x" else name for name in node.input]
+        del model.graph.value_info[:]
+        cast = type(model.graph.node[0])(op_type="Cast", input=["x"], output=["narrow"])
+        cast.attribute.add(name="to", type=2, i=1)
+        model.graph.node.insert(0, cast)
+
+    def fixed_x(model: Any) -> None:
+        axis = next(value for value in model.graph.input if value.name == "x").type.tensor_type.shape.dim[0]
+        axis.dim_value = 1
+
+    def shapeless_x(model: Any) -> None:
+        next(value for value in model.graph.input if value.name == "x").type.tensor_type.ClearField("shape")
+
+    return {"logits": wide_logits, "x": wide_x, "x ": fixed_x, " x": shapeless_x}
+
+
+DOUBLE = 11
+
+
+@pytest.mark.parametrize("name", signature_edits())
+def test_inputs_and_outputs_of_another_type_or_batch(name: str, tiny_engine: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
+    with goslet.open(tiny_engine) as engine:
+        model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
+    signature_edits()[name](model)
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
+    with pytest.raises(BackendError, match=rf"x\.goslet: {name.strip()}: .*expected tensor\(float\) \['B', "):
+        goslet.open(path)
 
 
 def test_products_of_quantized_weights_are_fused(

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ class TestEveryKind:
             tokenizer.encode("ab\ud83d")
         with pytest.raises(errors.InputError, match="found bytes"):
             tokenizer.encode(b"ab")  # type: ignore[arg-type]
+
+    def test_textless_tokens_are_those_that_decode_to_nothing(self, tokenizer: Tokenizer) -> None:
+        nothing = {token for token in range(tokenizer.vocab_size) if not tokenizer.decode_bytes([token])}
+        assert tokenizer.textless_tokens() == nothing - {tokenizer.end_token}
 
     def test_a_model_with_fewer_rows_is_refused(self, tokenizer: Tokenizer) -> None:
         check_fits(tokenizer, tokenizer.vocab_size)
@@ -424,18 +429,28 @@ class TestHuggingFace:
     @settings(max_examples=200, deadline=None)
     @given(st.text())
     def test_any_text_survives(self, small: HuggingFaceTokenizer, text: str) -> None:
-        assume("<|endoftext|>" not in text)
         assert small.decode(small.encode(text)) == text
 
     def test_every_byte_has_an_exact_token(self, small: HuggingFaceTokenizer) -> None:
         alphabet = [small.decode_bytes([token]) for token in range(1, 257)]
         assert sorted(alphabet) == [bytes([byte]) for byte in range(256)]
 
-    def test_special_tokens_are_recognised_and_show_nothing(self, small: HuggingFaceTokenizer) -> None:
+    @pytest.mark.parametrize("text", ["<|endoftext|>", "the goose<|endoftext|> and", "<|endoftext|><|endoftext|>"])
+    def test_text_that_spells_a_special_token_stays_text(self, small: HuggingFaceTokenizer, text: str) -> None:
+        ids = small.encode(text)
         assert small.end_token == 0
-        ids = small.encode("a<|endoftext|>b")
-        assert ids[1] == 0
-        assert small.decode(ids) == "ab"
+        assert 0 not in ids
+        assert small.decode(ids) == text
+
+    def test_special_tokens_show_nothing(self, small: HuggingFaceTokenizer) -> None:
+        assert small.decode([*small.encode("a"), 0, *small.encode("b")]) == "ab"
+
+    def test_special_tokens_spelled_in_text_are_text_in_the_published_vocabulary_too(self, shared_data: Path) -> None:
+        tokenizer = tokenizer_from_file(shared_data / "tokenizers" / "20B_tokenizer.json")
+        text = "a <|endoftext|> b <|padding|>"
+        assert not {0, 1} & set(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.textless_tokens() == {1}
 
     def test_added_tokens_keep_their_text(self, small: HuggingFaceTokenizer) -> None:
         ids = small.encode("a  é  b")
@@ -460,11 +475,33 @@ class TestHuggingFace:
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert len(tokenizer.encode("x")) == 1
 
-    def test_a_normalizer_keeps_its_say(self) -> None:
+    @pytest.mark.parametrize("name", ["NFC", "NFD", "NFKC", "NFKD"])
+    def test_a_normalizer_of_unicode_keeps_its_say(self, name: str) -> None:
         package = byte_level()
-        package.normalizer = normalizers.NFC()
+        package.normalizer = getattr(normalizers, name)()
         tokenizer = HuggingFaceTokenizer(as_file(package))
-        assert tokenizer.decode(tokenizer.encode("e\u0301")) == "é"
+        for text in ("e\u0301", "é", "ﬁ"):
+            assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize(name, text)
+        assert len(tokenizer.decode(tokenizer.encode("\ufdfa" * 100))) <= 18 * 100  # the longest that one may become
+
+    @pytest.mark.parametrize(
+        "normalizer",
+        [
+            normalizers.Replace("a", "a" * 1000),
+            normalizers.Sequence([normalizers.Replace("a", "a" * 1000)] * 3),
+            normalizers.Sequence([normalizers.NFC()]),
+            normalizers.Prepend("▁"),
+            normalizers.Lowercase(),
+        ],
+        ids=str,
+    )
+    def test_other_normalizers_are_refused_before_they_see_text(self, normalizer: Any, tmp_path: Path) -> None:
+        package = byte_level(vocab_size=260)
+        package.normalizer = normalizer
+        path = tmp_path / "tokenizer.json"
+        path.write_bytes(as_file(package))
+        with pytest.raises(errors.TokenizerError, match=f"normalizer: .*NFKD, found {type(normalizer).__name__}"):
+            tokenizer_from_file(path)
 
     def test_ids_left_out_are_valid_and_empty(self) -> None:
         content = json.loads(byte_level(vocab_size=257).to_str())
@@ -472,6 +509,7 @@ class TestHuggingFace:
         content["added_tokens"] = content["added_tokens"][:1]
         tokenizer = HuggingFaceTokenizer(json.dumps(content).encode())
         assert tokenizer.vocab_size == 301
+        assert tokenizer.textless_tokens() == set(range(257, 300))
         assert [tokenizer.decode_bytes([token]) for token in (299, 300)] == [b"", b"zz"]
 
     @pytest.mark.parametrize(
