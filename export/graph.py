@@ -27,7 +27,7 @@ from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 
 from ..errors import GosletError
-from ..initializers import SCALE_SUFFIX
+from ..initializers import SCALE_SUFFIX, Initializer, weight_initializers
 from ..spec import ModelSpec, StateSpec
 from ..weights import WeightFormat
 from .layers import repeat_last_layer
@@ -39,14 +39,6 @@ DOMAIN_VERSION = 1
 # The first layer is its own, the second shows how a layer takes from the one before, the third is repeated.
 TRACED_LAYERS = 3
 FLOAT_SUFFIX = ".float"
-
-_ONNX_TYPES = {
-    "f32": TensorProto.FLOAT,
-    "f16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-    "int8": TensorProto.INT8,
-    "int4": TensorProto.INT4,
-}
 
 
 class _TraceOps:
@@ -203,21 +195,18 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
     initializers: list[TensorProto] = []
     makers: dict[str, NodeProto] = {}
     for initializer in graph.initializer:
-        name, shape = initializer.name, list(initializer.dims)
+        name = initializer.name
         if name not in formats:  # a constant of the tracer's
             initializers.append(initializer)
             continue
         chosen = formats[name]
-        initializers.append(external_initializer(name, _ONNX_TYPES[chosen.name], shape))
+        stored_shape = tuple(reversed(initializer.dims))
+        initializers += [_external(*item) for item in weight_initializers(name, chosen, stored_shape).items()]
         made = name + FLOAT_SUFFIX
         if chosen.group is not None:
-            scale = external_initializer(
-                name + SCALE_SUFFIX, TensorProto.FLOAT, [-(-shape[0] // chosen.group), shape[1]]
-            )
-            initializers.append(scale)
             makers[name] = helper.make_node(
                 "DequantizeLinear",
-                [name, scale.name],
+                [name, name + SCALE_SUFFIX],
                 [made],
                 axis=0,
                 block_size=chosen.group,
@@ -241,14 +230,12 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
     graph.node.extend(nodes)
 
 
-def external_initializer(name: str, onnx_type: int, shape: list[int]) -> TensorProto:
-    """An initializer whose data lies outside, in a place that has its name; 4-bit numbers are packed two to a byte."""
-    elements = 1
-    for size in shape:
-        elements *= size
-    bits = 4 if onnx_type == TensorProto.INT4 else 8 * helper.tensor_dtype_to_np_dtype(onnx_type).itemsize
-    tensor = TensorProto(name=name, data_type=onnx_type, dims=shape, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", name), ("offset", 0), ("length", -(-elements * bits // 8))):
+def _external(name: str, initializer: Initializer) -> TensorProto:
+    """An initializer whose data lies outside, in a place that has its name."""
+    tensor = TensorProto(
+        name=name, data_type=initializer.onnx_type, dims=initializer.shape, data_location=TensorProto.EXTERNAL
+    )
+    for key, value in (("location", name), ("offset", 0), ("length", initializer.size_bytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 

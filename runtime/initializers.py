@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from . import _native
 from .errors import HeaderError
 from .spec import EMBEDDING
-from .weights import EncodedWeight
+from .weights import EncodedWeight, WeightFormat
 
 if TYPE_CHECKING:
     from .enginefile import EngineFile
@@ -58,10 +58,7 @@ def expected_initializers(file: EngineFile) -> dict[str, Initializer]:
                 found=f"shape {list(entry.shape)}",
                 remedy="export the engine again",
             )
-        made = {name: _initializer(entry.format.name, entry.shape[::-1])}
-        if entry.format.is_integer:
-            n_out, n_in = entry.shape
-            made[name + SCALE_SUFFIX] = _initializer("f32", (entry.format.groups(n_in), n_out))
+        made = weight_initializers(name, entry.format, entry.shape)
         for key in made.keys() & expected.keys():
             raise HeaderError(
                 "is the name of a tensor and of another one's scales",
@@ -71,6 +68,15 @@ def expected_initializers(file: EngineFile) -> dict[str, Initializer]:
             )
         expected |= made
     return expected
+
+
+def weight_initializers(name: str, stored_as: WeightFormat, shape: tuple[int, ...]) -> dict[str, Initializer]:
+    """The initializers, by name, that a weight of the given format and stored shape becomes: itself, and its scales."""
+    made = {name: _initializer(stored_as.name, shape[::-1])}
+    if stored_as.is_integer:
+        n_out, n_in = shape
+        made[name + SCALE_SUFFIX] = _initializer("f32", (stored_as.groups(n_in), n_out))
+    return made
 
 
 def _initializer(format_name: str, shape: tuple[int, ...]) -> Initializer:
