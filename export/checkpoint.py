@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import (
     CheckpointError,
+    DependencyError,
     ExtraTensorError,
     HeaderError,
     MissingTensorError,
@@ -228,8 +229,12 @@ def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "safetensors is not installed, which reading this file needs", file=path, remedy="pip install safetensors"
+        ) from error
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

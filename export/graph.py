@@ -41,6 +41,22 @@ TRACED_LAYERS = 3
 FLOAT_SUFFIX = ".float"
 
 
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let a Ctrl-C through that torch turned into an error of its own, and keep its pages of advice away from users."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            cause = cause.__cause__ or cause.__context__
+        raise GosletError(
+            f"the step cannot be traced: {type(error).__name__}", remedy="report this as a bug, with --debug's output"
+        ) from error
+
+
 class _TraceOps:
     """The `Ops` that is traced: matrices are [in, out], operators are nodes of the domain goslet."""
 
@@ -144,7 +160,7 @@ def _trace_float(version: Version, spec: ModelSpec, names: set[str]) -> ModelPro
     x = torch.zeros(2, spec.n_embd)
     state = tuple(torch.zeros(2, *tensor.shape) for tensor in state_spec.tensors)
     state_names = [tensor.name for tensor in state_spec.tensors]
-    with _quiet():
+    with _quiet(), _own_errors():
         program = torch.onnx.export(
             module,
             (x, *state),

@@ -7,6 +7,7 @@ every session has two state buffers and two bindings, which take turns.
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,8 @@ class OrtBackend(Backend):
             raise DependencyError(
                 "the ort backend needs ONNX Runtime", place="backend ort", remedy="pip install 'goslet[ort]'"
             )
+        # Since 1.32 it would note every run in the user's home folder and send it to its maker; only this stops it.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -1,7 +1,7 @@
 """Measure how fast an engine runs on this machine.
 
-Decoding is limited by reading the weights, so the speed is also given as a share of the memory's bandwidth, which is
-measured in the same run on as many threads.
+On a good backend decoding is limited by reading the weights, so the speed is also given as a share of the memory's
+bandwidth, which is measured in the same run on as many threads.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import shutil
 import signal
 import sys
@@ -122,3 +124,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_command(engine: str | os.PathLike[str]) -> str:
+    """``goslet run ENGINE`` as it can be typed in this shell, also where goslet is not on its path."""
+    called_as = sys.argv[0]
+    is_ours = os.path.basename(called_as) == "goslet"
+    program = called_as if is_ours and shutil.which("goslet") is None else "goslet"
+    return shlex.join([program, "run", os.fspath(engine)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..sampling import SamplingOptions
 from ..session import open_engine
-from .console import Console, Interruption, readable_size
+from .console import Console, Interruption, readable_size, run_command
 from .export import need_export_packages
 from .verify import show_report
 
@@ -70,7 +70,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if interruption.requested:
         raise KeyboardInterrupt
     console.line()
-    console.line(f"Go on with: goslet run {engine_path} -p 'It was'")
+    console.line(f"Go on with: {run_command(engine_path)} -p 'It was'")
     return 0
 
 

@@ -10,7 +10,7 @@ import math
 
 from ..errors import DependencyError
 from ..output import check_output
-from .console import Console, readable_size
+from .console import Console, readable_size, run_command
 
 NAME = "export"
 SUMMARY = "compile a checkpoint into an engine file"
@@ -66,9 +66,9 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         f"made in {report.duration_s:.1f} s"
     )
     if report.tokenizer_kind is None:
-        console.note(f'it takes and gives token ids; try: goslet run {args.output} --tokens "1,2,3"')
+        console.note(f'it takes and gives token ids; try: {run_command(args.output)} --tokens "1,2,3"')
     else:
-        console.note(f"try: goslet run {args.output} -p 'Once upon a time'")
+        console.note(f"try: {run_command(args.output)} -p 'Once upon a time'")
     return 0
 
 

@@ -26,6 +26,7 @@ from .text import feed_in_pieces, read_text, text_argument
 
 NAME = "run"
 SUMMARY = "write text after a prompt"
+STATE_NEEDS_WORDS = "the state has read all that was written, so give the words that follow"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,10 @@ def _prompt_argument(args: argparse.Namespace) -> str | list[int] | None:
             raise UsageError(f'--tokens: expected token ids as in "1,2,3", found {args.tokens!r}') from error
     if args.prompt is not None:
         if not args.prompt:
-            raise UsageError("-p: the prompt is empty; leave -p out to begin a new document")
+            raise UsageError(
+                "-p: the prompt is empty; "
+                + (STATE_NEEDS_WORDS if args.state_in is not None else "leave -p out to begin a new document")
+            )
         return text_argument("-p", args.prompt)
     if sys.stdin is None or sys.stdin.isatty():
         return None
@@ -114,7 +118,7 @@ def _prompt_tokens(engine: Engine, prompt: str | list[int] | None, args: argpars
     if prompt is not None:
         return engine.encode(prompt)
     if args.state_in is not None:
-        raise UsageError("-p is needed to go on from --state-in")
+        raise UsageError(f"-p is needed with --state-in; {STATE_NEEDS_WORDS}")
     if engine.tokenizer.end_token is None:
         raise UsageError("-p is needed: this engine's tokenizer has no token to begin a document with")
     return [engine.tokenizer.end_token]

@@ -23,6 +23,7 @@ import goslet  # noqa: E402
 from goslet.backends.ort import DISABLED_OPTIMIZERS  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import (  # noqa: E402
+    GosletError,
     InputError,
     OutputError,
     QuantizationError,
@@ -276,3 +277,27 @@ def test_exports_in_two_threads_leave_the_process_as_it_was(one_layer: Path, tmp
         thread.join()
     assert (sys.stdout, logger.level) == before
     assert (tmp_path / "0.goslet").read_bytes() == (tmp_path / "1.goslet").read_bytes()
+
+
+def test_interrupt_that_torch_turns_into_its_own_error(
+    one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C while torch imports or traces comes out as an error about torch; it is still a Ctrl-C."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("please submit a PR") from interrupt
+
+    monkeypatch.setattr("torch.onnx.export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_engine(one_layer, tmp_path / "x.goslet")
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("please submit a PR")
+
+    monkeypatch.setattr("torch.onnx.export", failing)
+    with pytest.raises(GosletError, match="cannot be traced: RuntimeError"):
+        export_engine(one_layer, tmp_path / "x.goslet")
+    assert os.listdir(tmp_path) == ["one.pth"]

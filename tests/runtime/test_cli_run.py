@@ -100,7 +100,7 @@ def test_a_saved_state_goes_on_as_if_never_stopped(run: Run, tiny_engine: Path, 
     # The state has taken the tenth token in, so the eleventh is given as the prompt, and the rest follows.
     rest = run("run", tiny_engine, "--tokens", whole[10], "-n", 19, "--state-in", state, "--state-out", state, *greedy)
     assert rest.out.strip().split(",") == whole[11:]
-    assert_one_line_error(run("run", tiny_engine, "--state-in", state), 2, "-p is needed to go on")
+    assert_one_line_error(run("run", tiny_engine, "--state-in", state), 2, "-p is needed with --state-in")
 
 
 def test_run_keeps_files_that_are_no_states(run: Run, tiny_engine: Path, tmp_path: Path) -> None:

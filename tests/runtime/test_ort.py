@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +174,12 @@ def test_onnxruntime_that_is_not_installed(tiny_engine: Path, monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"goslet\[ort\]"):
         goslet.open(tiny_engine)
+
+
+def test_nothing_is_written_to_the_home_folder(tiny_engine: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry keeps a device id and a log there unless told not to before it is imported."""
+    program = "import sys, goslet; goslet.open(sys.argv[1]).session().feed([1, 2])"
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "ORT_DISABLE_TELEMETRY")}
+    environment["HOME"] = environment["XDG_CACHE_HOME"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", program, tiny_engine], check=True, env=environment, timeout=120)
+    assert list(tmp_path.iterdir()) == []
