@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def test_an_old_python_is_named_with_what_to_install(tree: Path) -> None:
 
 def test_missing_system_packages_are_named_together(tree: Path) -> None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    program(tree / "bin/lacking", f'case "$2" in *version_info*) exec {sys.executable} "$@" ;; esac; exit 1')
+    program(
+        tree / "bin/lacking", f'case "$2" in *version_info*) exec {shlex.quote(sys.executable)} "$@" ;; esac; exit 1'
+    )
     done = source(tree, 'PATH=/nowhere; check_system "$ROOT/bin/lacking"')
     assert done.returncode == 1
     assert done.stderr == (
