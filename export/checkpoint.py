@@ -30,6 +30,7 @@ from ..errors import (
     TensorShapeError,
     TensorValueError,
     UnsafeCheckpointError,
+    first_line,
 )
 from ..spec import EMBEDDING, ModelSpec
 from .models import recognise
@@ -83,8 +84,10 @@ class Checkpoint:
         """Every tensor by name, as `stored` gives it."""
         return {rule.name: self.stored(rule) for rule in self.rules}
 
-    def embedding(self) -> Tensor:
-        """The embedding as an engine stores it, with everything folded in that depends on the token alone."""
+    def for_engine(self, rule: TensorRule) -> Tensor:
+        """The tensor as an engine stores it: the embedding with everything folded in, others as `stored` gives them."""
+        if rule.name != EMBEDDING:
+            return self.stored(rule)
         needed = self.version.folded(self.spec) | {EMBEDDING}
         weights = {rule.name: self.stored(rule) for rule in self.rules if rule.name in needed}
         return self.version.fold_embedding(weights, self.spec)
@@ -190,7 +193,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
     except Exception as error:  # a damaged pickle can fail anywhere in torch
         raise CheckpointError(
-            f"is not a readable .pth file: {_first_line(error)}",
+            f"is not a readable .pth file: {first_line(error)}",
             file=path,
             remedy="check that the download is complete",
         ) from error
@@ -240,14 +243,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, RuntimeError, ValueError, OSError, AttributeError) as error:
         raise CheckpointError(
-            f"is not a readable .safetensors file: {_first_line(error)}",
+            f"is not a readable .safetensors file: {first_line(error)}",
             file=path,
             remedy="check that the download is complete",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _listed(names: list[str]) -> str:

@@ -170,7 +170,7 @@ def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progre
     done = iter(range(1, len(rules) + 1))
 
     def encoded(rule: TensorRule) -> EncodedWeight:
-        tensor = source.embedding() if rule.name == EMBEDDING else source.stored(rule)
+        tensor = source.for_engine(rule)
         weight = encode(tensor.numpy(), formats[rule.name], rule.name)
         report_progress("quantizing", next(done), len(rules))
         return weight

@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import QuantizationError
-from ..weights import WeightFormat
+from ..weights import FORMAT_NAMES, GROUPS, WeightFormat
 from .models.blocks import Kind, TensorRule
-
-GROUPS = (32, 64, 128)
-QUANT_NAMES = ("f32", "f16", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,9 @@ def recipe(quant: str, group: int = 32) -> Recipe:
     Raises:
         QuantizationError: no such format or group.
     """
-    if quant not in QUANT_NAMES:
+    if quant not in FORMAT_NAMES:
         raise QuantizationError(
-            "no such quantization", place="quant", expected=", ".join(QUANT_NAMES), found=repr(quant)
+            "no such quantization", place="quant", expected=", ".join(FORMAT_NAMES), found=repr(quant)
         )
     if group not in GROUPS:
         raise QuantizationError("no such group size", place="group", expected="32, 64 or 128", found=group)

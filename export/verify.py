@@ -32,7 +32,7 @@ from ..enginefile import EngineFile
 from ..session import Engine, Session, open_engine
 from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
-from ..weights import WeightFormat, decode
+from ..weights import INTEGER_RANGES, WeightFormat, decode
 from .checkpoint import Checkpoint, open_checkpoint
 from .models.blocks import EagerOps, Ops, Version
 
@@ -206,7 +206,7 @@ def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
 def weight_limit(chosen: WeightFormat) -> float:
     """The largest error, as a part of a tensor's norm, that storing it in a format explains (see the module's page)."""
     if chosen.group is not None:
-        return 1.01 * math.sqrt(chosen.group) / (2 * {"int8": 127, "int4": 7}[chosen.name])
+        return 1.01 * math.sqrt(chosen.group) / (2 * INTEGER_RANGES[chosen.name][1])
     return {"f32": 1e-6, "f16": 2.0**-11, "bf16": 2.0**-8}[chosen.name]
 
 
@@ -216,7 +216,7 @@ def _weight_checks(file: EngineFile, source: Checkpoint) -> list[Check]:
     for rule in source.rules:
         if rule.name not in file.tensors:
             continue
-        original = source.embedding() if rule.name == EMBEDDING else source.stored(rule)
+        original = source.for_engine(rule)
         stored = file.weight(rule.name)
         error = float((torch.from_numpy(decode(stored)) - original).norm() / (original.norm() or 1.0))
         _keep_worst(worst, Check(f"weights {stored.format}", error, weight_limit(stored.format)))

@@ -18,6 +18,11 @@ def one_line(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), " ".join(text.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, cut to its first line; its type's name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class GosletError(Exception):
     """Base of every error that goslet raises on purpose.
 

@@ -27,6 +27,7 @@ from .errors import InputError, QuantizationError, TensorValueError
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 INTEGER_BITS = {"int8": 8, "int4": 4}
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+FORMAT_NAMES = (*FLOAT_BYTES, *INTEGER_BITS)
 GROUPS = (32, 64, 128)
 SCALE_BYTES = 2
 
@@ -71,7 +72,7 @@ class WeightFormat:
             if self.group is not None:
                 raise QuantizationError("has no groups", place=f"format {self.name}", found=f"group {self.group}")
         elif self.name not in INTEGER_BITS:
-            known = ", ".join([*FLOAT_BYTES, *INTEGER_BITS])
+            known = ", ".join(FORMAT_NAMES)
             raise QuantizationError("is not a weight format", place=repr(self.name), expected=known)
         elif self.group not in GROUPS:
             raise QuantizationError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendError, DependencyError
+from ..errors import BackendError, DependencyError, first_line
 from ..graph_check import check_step_graph
 from ..initializers import expected_initializers, graph_initializers
 from ..spec import EMBEDDING
@@ -86,7 +86,7 @@ class OrtBackend(Backend):
             ) from error
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             raise BackendError(
-                f"ONNX Runtime refuses the graph: {_first_line(error)}",
+                f"ONNX Runtime refuses the graph: {first_line(error)}",
                 file=file.path,
                 place="section graph",
                 remedy="export the engine again, or use the onnxruntime version that goslet's tools pin",
@@ -152,7 +152,7 @@ class _OrtStepper(Stepper):
                 self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
             except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
                 raise BackendError(
-                    f"ONNX Runtime failed: {_first_line(error)}",
+                    f"ONNX Runtime failed: {first_line(error)}",
                     place=f"token {index} of this feed",
                     remedy="the session's state is as it was before this token",
                 ) from error
@@ -199,7 +199,3 @@ def _check_signature(session: Any, file: EngineFile) -> None:
             found=shape,
             remedy="export the engine again",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,13 +10,12 @@ import math
 
 from ..errors import DependencyError
 from ..output import check_output
+from ..weights import FORMAT_NAMES, GROUPS
 from .console import Console, readable_size, run_command
 
 NAME = "export"
 SUMMARY = "compile a checkpoint into an engine file"
 
-QUANTS = ("f32", "f16", "bf16", "int8", "int4")
-GROUPS = (32, 64, 128)
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 
@@ -24,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an RWKV .pth or .safetensors file")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the engine file to write: NAME.goslet")
-    parser.add_argument("--quant", choices=QUANTS, default="int8", help="how weights are stored (default: %(default)s)")
+    parser.add_argument(
+        "--quant", choices=FORMAT_NAMES, default="int8", help="how weights are stored (default: %(default)s)"
+    )
     parser.add_argument(
         "--group", type=int, choices=GROUPS, default=32, help="weights that share a scale (default: %(default)s)"
     )
