@@ -1,0 +1,79 @@
+// Everything that is worth a vector instruction, as one table of functions for each instruction set.
+//
+// `kernels_for` gives a table; `best_isa` names the best that this CPU runs. kReference is the plain form that the
+// others are tested against: scalar, in double where a sum is formed, and free of cleverness.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "matrix.h"
+
+namespace goslet {
+
+// What happens to a product's sum before it is stored. `kDecay` is RWKV-7's exp(-exp(-1/2) · sigmoid(x)).
+enum class Activation : std::uint8_t { kNone, kTanh, kSigmoid, kReluSquared, kDecay };
+
+// One head of RWKV-7's time mix for one token (RWKV-7 paper, equations 16 to 18, and the released code's value
+// residual). Every pointer but `state` and `y` is to the head's N numbers of one token.
+struct Wkv7Head {
+    std::size_t head_size;        // N
+    const float* r;               // (N) receptance
+    const float* w;               // (N) decay
+    const float* k;               // (N) key, not yet scaled by the in-context learning rate
+    const float* v;               // (N) value, before the value residual
+    const float* a;               // (N) in-context learning rate
+    const float* g;               // (N) gate
+    const float* value_mix;       // (N) share of the first layer's value; null in layer 0
+    float* first_value;           // (N) layer 0's value: written in layer 0, read in the others
+    const float* k_k;             // (N)
+    const float* k_a;             // (N)
+    const float* r_k;             // (N)
+    const float* norm_weight;     // (N)
+    const float* norm_bias;       // (N)
+    float norm_eps;
+    float* state;                 // (N value, N key), updated in place
+    float* y;                     // (N) gated output
+};
+
+struct Kernels {
+    const char* isa;
+
+    // One row of activations for integer weights. x (n); integers (n_groups · group); scales, sums (n_groups).
+    // scale = max|x| / 32767 of the group, 0 for a group of zeros.
+    void (*pack)(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales,
+                 std::int32_t* sums);
+
+    // out[row · out_stride + output] = sum over inputs, for the outputs of units [first_unit, end_unit) and every row of
+    // x. Writes no output past n_out. With `skip_zeros`, a matrix in columns and one row of activations, inputs whose
+    // activation is zero are not read; the result is the same to the last bit.
+    void (*multiply)(const Matrix& matrix, const Activations& x, std::size_t first_unit, std::size_t end_unit,
+                     float* out, std::size_t out_stride, bool skip_zeros);
+
+    // LayerNorm of x (n).
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, std::size_t n, float* out);
+    // out = x + (previous - x) · mix, all (n).
+    void (*lerp)(const float* x, const float* previous, const float* mix, std::size_t n, float* out);
+    // y = activation(y + bias), in place; bias may be null.
+    void (*activate)(Activation activation, const float* bias, std::size_t n, float* y);
+    // out += y.
+    void (*add)(const float* y, std::size_t n, float* out);
+    void (*wkv7)(const Wkv7Head& head);
+};
+
+enum class Isa : std::uint8_t { kReference, kPortable, kAvx2, kAvx512, kAvx512Vnni, kNeon, kNeonDotprod };
+
+// Names: reference, portable, avx2, avx512, avx512vnni, neon, neondot. Throws std::invalid_argument, listing them.
+Isa isa_named(std::string_view name);
+const char* isa_name(Isa isa);
+// Those that are compiled in and that this CPU runs, from the plainest to the best; kReference and kPortable always.
+std::vector<Isa> available_isas();
+// The best of them, or the one that the environment's GOSLET_ISA names. Throws std::invalid_argument when that one is
+// unknown or does not run here.
+Isa chosen_isa();
+// Throws std::invalid_argument when this CPU does not run it.
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace goslet

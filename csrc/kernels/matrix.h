@@ -1,0 +1,90 @@
+// A stored weight matrix as the kernels see it, and the activations that meet it.
+//
+// Both layouts put eight outputs side by side, so that a vector register of eight lanes holds eight outputs, nothing is
+// summed across lanes, and an output's sum does not depend on how many rows of activations are multiplied at once.
+// n_in is padded to a multiple of kColumnPadding with numbers that are zero; padded scales are zero.
+//
+//   tiles    outputs in tiles of 8 (the last one padded); a tile holds its columns one after another:
+//            f32, f16, bf16   column c: 8 numbers, one for each output
+//            int8             columns 2p and 2p+1: 16 bytes, byte 2·output + (c & 1)
+//            int4             columns 8b to 8b+7: 32 bytes, sixteen little-endian 16-bit lanes; lane 2·output + (c & 1),
+//                             bits 4s to 4s+3 with s = (c mod 8) / 2, hold number + 8
+//            scales           (n_tiles, groups, 8) fp16
+//   columns  every input's outputs one after another, n_out padded to a multiple of 64, so that inputs whose activation
+//            is zero need not be read:
+//            f32, f16, bf16, int8   n_out numbers
+//            int4             32 bytes for outputs 64b to 64b+63: eight little-endian 32-bit lanes; lane j,
+//                             bits 4s to 4s+3, hold the number of output 64b + 8s + j, plus 8
+//            scales           (groups, n_out padded) fp16
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace goslet {
+
+constexpr std::size_t kTileRows = 8;
+constexpr std::size_t kColumnPadding = 32;
+constexpr std::size_t kColumnsBlock = 64;
+// Rows of activations that one product takes at most; longer prompts and larger batches go in pieces.
+constexpr std::size_t kMaxRows = 64;
+
+enum class Format : std::uint8_t { kF32, kF16, kBf16, kInt8, kInt4 };
+enum class Layout : std::uint8_t { kTiles, kColumns };
+
+constexpr std::size_t round_up(std::size_t size, std::size_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+constexpr bool is_integer(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+
+constexpr std::size_t format_bits(Format format) {
+    switch (format) {
+        case Format::kF32:
+            return 32;
+        case Format::kF16:
+        case Format::kBf16:
+            return 16;
+        case Format::kInt8:
+            return 8;
+        case Format::kInt4:
+            return 4;
+    }
+    return 0;
+}
+
+// A view of one matrix (n_out, n_in); owns nothing.
+struct Matrix {
+    Format format;
+    Layout layout;
+    std::size_t group;  // inputs that share a scale: 32, 64 or 128; 0 for the floating formats
+    std::size_t n_out;
+    std::size_t n_in;
+    const std::uint8_t* data;
+    const std::uint16_t* scales;  // fp16; null for the floating formats
+
+    std::size_t padded_in() const { return round_up(n_in, kColumnPadding); }
+    std::size_t n_groups() const { return group == 0 ? 0 : (n_in + group - 1) / group; }
+    // Outputs that one unit of work covers; a product is cut into units between threads.
+    std::size_t unit_outputs() const { return layout == Layout::kTiles ? kTileRows : kColumnsBlock; }
+    std::size_t n_units() const { return (n_out + unit_outputs() - 1) / unit_outputs(); }
+    std::size_t padded_out() const { return n_units() * unit_outputs(); }
+    std::size_t data_bytes() const { return padded_out() * padded_in() * format_bits(format) / 8; }
+    std::size_t scales_bytes() const { return 2 * padded_out() * n_groups(); }
+};
+
+// Activations as a product reads them. Rows are `stride` apart; the numbers from n_in to the next multiple of
+// kColumnPadding (floats) or of the group (integers) are zero.
+//
+// Against floating weights: `floats`. Against integer weights: x = integers · scale of the row's group, with integers
+// rounded to 16 bits, and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product.
+struct Activations {
+    std::size_t n_rows;  // at most kMaxRows
+    std::size_t stride;
+    const float* floats;           // (n_rows, stride), or null
+    const std::int16_t* integers;  // (n_rows, stride), or null
+    const float* scales;           // (n_rows, n_groups), or null
+    const std::int32_t* sums;      // (n_rows, n_groups), or null
+};
+
+}  // namespace goslet
