@@ -3,25 +3,37 @@
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
 if sys.platform == "win32":
     compile_flags = ["/O2"]
+    link_flags = []
 else:
     # No -march=native: the same wheel must run on every machine of its architecture.
-    compile_flags = ["-O3", "-Wall", "-Wextra", "-fvisibility-inlines-hidden"]
+    compile_flags = ["-O3", "-Wall", "-Wextra", "-fvisibility-inlines-hidden", "-pthread"]
+    link_flags = ["-pthread"]
+
+
+def files(pattern: str) -> list[str]:
+    """Files of the repository that match, as setuptools wants them named."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
 
 native = Pybind11Extension(
     "goslet._native",
-    sources=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp")),
-    depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.h")),
-    include_dirs=["csrc"],
+    sources=[*files("csrc/*.cpp"), *files("csrc/kernels/*.cpp")],
+    depends=[*files("csrc/*.h"), *files("csrc/kernels/*.h"), *files("csrc/include/*.h")],
+    include_dirs=["csrc", "csrc/include"],
     extra_compile_args=compile_flags,
+    extra_link_args=link_flags,
     cxx_std=17,
 )
+
+# One compiler for each core; setuptools runs one at a time.
+ParallelCompile(default=0).install()
 
 readme = ROOT / "README.md"
 

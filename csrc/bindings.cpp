@@ -4,13 +4,19 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <exception>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "kernels/kernels.h"
+#include "native_engine.h"
 #include "nibbles.h"
 #include "state_buffer.h"
 #include "vocabulary_trie.h"
@@ -144,6 +150,136 @@ void register_nibbles(py::module_& module) {
                "Packed [n, ceil(k / 2)] rows of nibbles to the packed [k, n] matrix; low nibble first.");
 }
 
+goslet::Format format_named(const std::string& name) {
+    static constexpr std::pair<const char*, goslet::Format> kNames[] = {{"f32", goslet::Format::kF32},
+                                                                        {"f16", goslet::Format::kF16},
+                                                                        {"bf16", goslet::Format::kBf16},
+                                                                        {"int8", goslet::Format::kInt8},
+                                                                        {"int4", goslet::Format::kInt4}};
+    for (const auto& [known, format] : kNames) {
+        if (name == known) {
+            return format;
+        }
+    }
+    throw py::value_error("no such format: " + name);
+}
+
+goslet::TensorLayout layout_named(const std::string& name) {
+    static constexpr std::pair<const char*, goslet::TensorLayout> kNames[] = {
+        {"rows", goslet::TensorLayout::kRows},
+        {"tiles", goslet::TensorLayout::kTiles},
+        {"columns", goslet::TensorLayout::kColumns}};
+    for (const auto& [known, layout] : kNames) {
+        if (name == known) {
+            return layout;
+        }
+    }
+    throw py::value_error("no such layout: " + name);
+}
+
+// An engine and what it reads in place.
+struct BoundEngine {
+    std::vector<py::buffer_info> buffers;
+    std::unique_ptr<goslet::NativeEngine> engine;
+};
+
+using TensorTuple = std::tuple<std::string, std::string, std::string, std::size_t, std::vector<std::size_t>, py::buffer,
+                               std::optional<py::buffer>>;
+using StateTuple = std::tuple<std::string, std::vector<std::size_t>, float>;
+using SequenceTuple = std::tuple<StateBuffer*, py::array_t<std::int64_t>, std::optional<py::array_t<float>>>;
+
+std::pair<const std::uint8_t*, std::size_t> keep_bytes(BoundEngine& bound, const py::buffer& buffer) {
+    py::buffer_info info = buffer.request();
+    if (PyBuffer_IsContiguous(info.view(), 'C') == 0) {
+        throw py::value_error("a buffer is not contiguous");
+    }
+    const auto* const data = static_cast<const std::uint8_t*>(info.ptr);
+    const auto size_bytes = static_cast<std::size_t>(info.size * info.itemsize);
+    bound.buffers.push_back(std::move(info));
+    return {data, size_bytes};
+}
+
+std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::vector<TensorTuple>& tensors,
+                                         const std::vector<StateTuple>& state, std::size_t vocab_size,
+                                         std::size_t n_embd, std::size_t threads, bool pin, bool skip_zeros) {
+    auto bound = std::make_unique<BoundEngine>();
+    goslet::EngineParts parts;
+    const auto [text, text_bytes] = keep_bytes(*bound, program);
+    parts.program = {reinterpret_cast<const char*>(text), text_bytes};
+    for (const auto& [name, format, layout, group, shape, data, scales] : tensors) {
+        goslet::TensorView view{name, format_named(format), layout_named(layout), group, shape, nullptr, 0, nullptr, 0};
+        std::tie(view.data, view.data_bytes) = keep_bytes(*bound, data);
+        if (scales.has_value()) {
+            std::tie(view.scales, view.scales_bytes) = keep_bytes(*bound, *scales);
+        }
+        parts.tensors.push_back(std::move(view));
+    }
+    for (const auto& [name, shape, init] : state) {
+        parts.state.push_back({name, {shape, init}});
+    }
+    parts.vocab_size = vocab_size;
+    parts.n_embd = n_embd;
+    const py::gil_scoped_release release;
+    bound->engine = std::make_unique<goslet::NativeEngine>(parts, goslet::NativeOptions{threads, pin, skip_zeros});
+    return bound;
+}
+
+void feed_engine(BoundEngine& bound, const std::vector<SequenceTuple>& batch) {
+    std::vector<goslet::Sequence> sequences;
+    sequences.reserve(batch.size());
+    const auto vocab_size = static_cast<py::ssize_t>(bound.engine->vocab_size());
+    for (const auto& [state, tokens, logits] : batch) {
+        if (state == nullptr || tokens.ndim() != 1 || (tokens.flags() & py::array::c_style) == 0) {
+            throw py::value_error("tokens must be one contiguous row beside a state");
+        }
+        goslet::Sequence sequence{state, tokens.data(), static_cast<std::size_t>(tokens.size()), nullptr, false};
+        if (logits.has_value()) {
+            const bool every = logits->ndim() == 2 && logits->shape(0) == tokens.size();
+            const bool last = logits->ndim() == 2 && logits->shape(0) == 1;
+            if ((!every && !last) || logits->shape(1) != vocab_size || (logits->flags() & py::array::c_style) == 0) {
+                throw py::value_error("logits must be contiguous, one row or one for each token");
+            }
+            // The array is the caller's own: pybind11 has no call that both checks for writability and is const.
+            sequence.logits = const_cast<py::array_t<float>&>(*logits).mutable_data();
+            sequence.all_logits = every;
+        }
+        sequences.push_back(sequence);
+    }
+    const py::gil_scoped_release release;
+    bound.engine->feed(sequences);
+}
+
+void register_native_engine(py::module_& module) {
+    static py::exception<goslet::EngineError> engine_error(module, "EngineError");
+    py::register_exception_translator([](std::exception_ptr pending) {
+        try {
+            if (pending) {
+                std::rethrow_exception(pending);
+            }
+        } catch (const goslet::EngineError& error) {
+            const py::object args = py::make_tuple(error.what(), error.place, error.expected, error.found);
+            PyErr_SetObject(engine_error.ptr(), args.ptr());
+        }
+    });
+    py::class_<BoundEngine>(module, "NativeEngine", "An engine's program on its weights, and the threads that run it.")
+        .def(py::init(&make_engine), "program"_a, "tensors"_a, "state"_a, "vocab_size"_a, "n_embd"_a, "threads"_a,
+             "pin"_a, "skip_zeros"_a)
+        .def("feed", &feed_engine, "sequences"_a)
+        .def_property_readonly("isa", [](const BoundEngine& bound) { return bound.engine->isa(); })
+        .def_property_readonly("threads", [](const BoundEngine& bound) { return bound.engine->n_threads(); })
+        .def_property_readonly("density", [](const BoundEngine& bound) {
+            const goslet::NativeEngine::Density density = bound.engine->density();
+            return std::make_pair(density.seen, density.active);
+        });
+    module.def("available_isas", [] {
+        std::vector<std::string> names;
+        for (const goslet::Isa isa : goslet::available_isas()) {
+            names.emplace_back(goslet::isa_name(isa));
+        }
+        return names;
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -151,4 +287,5 @@ PYBIND11_MODULE(_native, module) {
     register_state_buffer(module);
     register_vocabulary_trie(module);
     register_nibbles(module);
+    register_native_engine(module);
 }

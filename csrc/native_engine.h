@@ -71,7 +71,7 @@ struct Sequence {
     StateBuffer* state;          // NativeEngine::state_layout; moved on by n_tokens
     const std::int64_t* tokens;  // (n_tokens), within the vocabulary
     std::size_t n_tokens;
-    float* logits;    // (n_tokens, vocab_size) with all_logits, (1, vocab_size) for the last token's, or null for none
+    float* logits;  // (n_tokens, vocab_size) with all_logits, (1, vocab_size) for the last token's, or null for none
     bool all_logits;
 };
 
@@ -92,8 +92,8 @@ class NativeEngine {
     const char* isa() const noexcept;
 
     // Feeds every sequence its tokens. All arguments are checked before any state is touched: throws
-    // std::invalid_argument for a token outside the vocabulary, an empty sequence, a state of another layout or one that
-    // is given twice, and std::bad_alloc or std::runtime_error (a child of fork()) likewise.
+    // std::invalid_argument for a token outside the vocabulary, an empty sequence, a state of another layout or one
+    // that is given twice, and std::bad_alloc or std::runtime_error (a child of fork()) likewise.
     void feed(const std::vector<Sequence>& sequences);
 
     // Inputs of matrices in columns that were seen, and those whose activation was not zero, in single-row products

@@ -16,14 +16,15 @@ class ThreadPool {
     // One thread's view of the job that is running.
     class Member {
       public:
-        virtual std::size_t index() const noexcept = 0;      // 0 is the calling thread
+        virtual std::size_t index() const noexcept = 0;  // 0 is the calling thread
         virtual std::size_t n_threads() const noexcept = 0;
         // Returns when every member of the team has called it; what they wrote before is visible after.
         virtual void sync() noexcept = 0;
         // The next piece of `n_units` of work that nobody has taken, as [begin, end); begin == end when none is left.
         // Pieces have at least `min_units` (the last one may be shorter). All members share one count of units, which
         // every `sync` sets back to zero: so one such loop between two syncs.
-        virtual void claim(std::size_t n_units, std::size_t min_units, std::size_t& begin, std::size_t& end) noexcept = 0;
+        virtual void claim(std::size_t n_units, std::size_t min_units, std::size_t& begin,
+                           std::size_t& end) noexcept = 0;
 
       protected:
         ~Member() = default;
@@ -41,8 +42,8 @@ class ThreadPool {
     std::size_t n_threads() const noexcept;
 
     // Runs `job` on every member and returns when all are done. `job` must not throw past its first sync() or claim();
-    // an exception that a member throws is given to the caller once all members have returned. Throws std::runtime_error
-    // in a child of fork().
+    // an exception that a member throws is given to the caller once all members have returned. Throws
+    // std::runtime_error in a child of fork().
     void run(const Job& job);
 
   private:

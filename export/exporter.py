@@ -110,7 +110,7 @@ def export_engine(
             graph=graph.SerializeToString(deterministic=True),
             graph_info={"format": "onnx", "opset": OPSET},
             tensors=_tensors(source, formats, report_progress),
-            program=None,
+            program=version.program(spec).to_bytes(),
             tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
             provenance={
                 "goslet": __version__,
@@ -176,6 +176,6 @@ def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progre
         return weight
 
     return [
-        TensorSource(rule.name, formats[rule.name], rule.stored_shape, lambda rule=rule: encoded(rule))  # type: ignore[misc]
+        TensorSource(rule.name, formats[rule.name], rule.stored_shape, lambda rule=rule: encoded(rule), rule.layout)  # type: ignore[misc]
         for rule in rules
     ]

@@ -80,3 +80,64 @@ def transpose_int4(rows: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
 
     Raises ValueError when the row length does not fit k, TypeError for another dtype or order.
     """
+
+def available_isas() -> list[str]:
+    """Instruction sets that this CPU runs, from the plainest to the best; GOSLET_ISA takes one of these names."""
+
+class EngineError(Exception):
+    """An engine's parts do not fit together; `args` are problem, place, expected and found, each a str, maybe empty."""
+
+class NativeEngine:
+    """An engine's program on its weights, and the threads that run it."""
+
+    def __init__(
+        self,
+        program: Buffer,
+        tensors: Sequence[
+            tuple[str, str, str, int, Sequence[int], NDArray[np.uint8], NDArray[np.float16] | NDArray[np.uint8] | None]
+        ],
+        state: Sequence[tuple[str, Sequence[int], float]],
+        vocab_size: int,
+        n_embd: int,
+        threads: int,
+        pin: bool,
+        skip_zeros: bool,
+    ) -> None:
+        """Check that everything fits together; the buffers are kept alive and read in place.
+
+        Args:
+            program: the steps, as JSON.
+            tensors: name, format, layout, group (0 for the floating formats), shape, data, and scales or None.
+            state: name, shape and initial value of each of the state's tensors, without the token count.
+            vocab_size: tokens are below this; the logits' length.
+            n_embd: the length of an embedded token.
+            threads: threads that compute, the caller's included, 1 to 1024.
+            pin: bind each of the others to a CPU of its own.
+            skip_zeros: leave weights of activations that are zero unread.
+
+        Raises EngineError, MemoryError, RuntimeError when a thread cannot be started, and ValueError when GOSLET_ISA
+        names nothing that runs here.
+        """
+
+    def feed(self, sequences: Sequence[tuple[StateBuffer, NDArray[np.int64], NDArray[np.float32] | None]]) -> None:
+        """Move states on, each past its own tokens, and its token count with it; everything is checked before.
+
+        Args:
+            sequences: a state, its tokens int64 [n], and where its logits go: float32 [n, V] for those after every
+                token, [1, V] for those after the last one, None for nowhere.
+
+        Raises ValueError for a token outside the vocabulary, no tokens, or a state of another layout or given twice,
+        RuntimeError in a child of fork(), and MemoryError; no state has moved then.
+        """
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernels."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+
+    @property
+    def density(self) -> tuple[int, int]:
+        """Inputs seen by matrices in columns in steps of one token, and those whose activation was not zero."""

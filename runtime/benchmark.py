@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .machine import available_cores, cpu_model
 from .sampling import SamplingOptions
 from .session import Engine
 from .spec import EMBEDDING
@@ -57,10 +55,14 @@ class Benchmark:
         prefill_tokens_per_s: feeding `prefill_tokens` tokens in one call.
         decode_steps: steps that `tokens_per_s` is over.
         prefill_tokens: tokens in a prefill run.
-        bytes_per_token: bytes of weights and state that a step must read; of the embedding, one row.
+        bytes_per_token: bytes of weights and state that a step must read; of the embedding, one row; of weights that
+            meet zeros, those that were not skipped (`density`).
         bandwidth_gb_s: GB/s (10^9) of reading a large buffer on as many threads, in the same run; the best of several.
         share_of_bandwidth: bytes_per_token times the median tokens_per_s over bandwidth_gb_s.
+        density: share of the inputs of `ffn.value` that were not zero, whose weights alone were read; None where the
+            backend skips none.
         backend: the backend's name.
+        isa: the instruction set of the backend's kernels; None where it does not say.
         machine: where it was measured.
     """
 
@@ -71,7 +73,9 @@ class Benchmark:
     bytes_per_token: int
     bandwidth_gb_s: float
     share_of_bandwidth: float
+    density: float | None
     backend: str
+    isa: str | None
     machine: Machine
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +101,8 @@ def run_benchmark(
     n_prefill = int(min(MAX_PREFILL_TOKENS, max(16, PREFILL_S / np.median(step_s))))
     prefill_s = _prefill(engine, (tokens * (1 + n_prefill // len(tokens)))[:n_prefill], report)
     bandwidth_gb_s = stream_bandwidth_gb_s(threads, STREAM_BYTES)
-    size = bytes_per_token(engine)
+    density = engine.backend.density
+    size = bytes_per_token(engine, density)
     decode = _rate(1 / np.array(step_s))
     return Benchmark(
         tokens_per_s=decode,
@@ -107,17 +112,30 @@ def run_benchmark(
         bytes_per_token=size,
         bandwidth_gb_s=bandwidth_gb_s,
         share_of_bandwidth=size * decode.median / (bandwidth_gb_s * 1e9),
+        density=density,
         backend=engine.backend_name,
+        isa=engine.backend.isa,
         machine=Machine(cpu=cpu_model(), cores=available_cores(), threads=threads),
     )
 
 
-def bytes_per_token(engine: Engine) -> int:
-    """Bytes that one step must read: every weight once, one row of the embedding, and the state."""
+def bytes_per_token(engine: Engine, density: float | None = None) -> int:
+    """Bytes that one step must read: every weight once, one row of the embedding, and the state.
+
+    Args:
+        engine: an opened engine.
+        density: share of the inputs of weights in columns that are not zero; the weights of the others are not read,
+            but all scales are counted. None where the backend reads all of them.
+    """
     size_bytes = engine.state_spec.size_bytes
     for name, tensor in engine.file.tensors.items():
         stored_bytes = tensor.size_bytes + tensor.scales_size_bytes
-        size_bytes += stored_bytes // tensor.shape[0] if name == EMBEDDING else stored_bytes
+        if name == EMBEDDING:
+            size_bytes += stored_bytes // tensor.shape[0]
+        elif tensor.layout == "columns" and density is not None:
+            size_bytes += round(tensor.size_bytes * density) + tensor.scales_size_bytes
+        else:
+            size_bytes += stored_bytes
     return size_bytes
 
 
@@ -181,32 +199,3 @@ def stream_bandwidth_gb_s(threads: int, size_bytes: int) -> float:
         max(end for _, end in spans) - min(start for start, _ in spans) for spans in zip(*threads_spans, strict=True)
     ]
     return size_bytes / min(passes_s) / 1e9
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use; two threads of one core count once."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = set()
-    for cpu in cpus:
-        try:
-            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            siblings.add(str(cpu))
-    return len(siblings)
-
-
-def cpu_model() -> str:
-    """The CPU's name, or what the machine is called where it has none (Jetson boards)."""
-    names: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            names.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    if "model name" in names:
-        return names["model name"]
-    try:
-        return Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 ")
-    except OSError:
-        return platform.processor() or platform.machine()

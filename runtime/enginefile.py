@@ -5,7 +5,8 @@ A container (`goslet.container`) whose header adds ``model`` and ``state`` (thei
 
 - ``graph``: the step graph, ONNX without weights; its initializers are named as the tensors.
 - ``program``: the native engine's steps, where there are any.
-- ``weights``: every tensor once, each at the next multiple of 64 bytes, a quantized one followed by its scales.
+- ``weights``: every tensor once, in one of `goslet.layouts`, each at the next multiple of 64 bytes, a quantized one
+  followed by its scales.
 - ``tokenizer``: what its kind needs, where there is one.
 - ``plan.<device>``: TensorRT plans, where there are any.
 
@@ -26,12 +27,13 @@ import numpy as np
 
 from .container import Buffer, Container, Section, align_up, errors_in, read_container, write_container
 from .errors import HeaderError, InputError, QuantizationError
+from .layouts import PackedWeight, check_layout, layout_data_bytes, layout_scales_bytes, pack, unpack
 from .output import Path
 from .spec import ModelSpec, StateSpec
 from .weights import EncodedWeight, WeightFormat
 
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 ENGINE_KIND = "engine file"
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
@@ -52,13 +54,15 @@ class TensorSource(NamedTuple):
         format: how it will be stored.
         shape: its shape.
         produce: called when its turn comes; returns it stored in that format and shape. Nothing is kept of it
-            afterwards, so only one tensor is in memory at a time.
+            afterwards, so only one tensor is in memory at a time, as rows and packed.
+        layout: how it will lie in the file; ``tiles`` and ``columns`` are for matrices.
     """
 
     name: str
     format: WeightFormat
     shape: tuple[int, ...]
     produce: Callable[[], EncodedWeight]
+    layout: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class TensorEntry:
     Attributes:
         name: its name.
         format: how it is stored.
-        shape: its shape.
+        layout: how its numbers lie, ``rows``, ``tiles`` or ``columns``.
+        shape: its shape, without padding.
         offset: where its data begin, in bytes from the section's start.
         size_bytes: length of its data.
         scales_offset: where its float16 scales begin; None without groups.
@@ -77,6 +82,7 @@ class TensorEntry:
 
     name: str
     format: WeightFormat
+    layout: str
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
@@ -84,17 +90,18 @@ class TensorEntry:
     scales_size_bytes: int
 
     @classmethod
-    def placed(cls, name: str, fmt: WeightFormat, shape: tuple[int, ...], start_bytes: int) -> TensorEntry:
+    def placed(cls, name: str, fmt: WeightFormat, layout: str, shape: tuple[int, ...], start_bytes: int) -> TensorEntry:
         """The entry of a tensor that goes to the first free place from `start_bytes` on.
 
         Raises:
-            QuantizationError: the format cannot hold the shape.
+            QuantizationError: format or layout cannot hold the shape.
         """
-        fmt.check_shape(shape, name)
+        check_layout(fmt, layout, shape, name)
         offset = align_up(start_bytes, TENSOR_ALIGNMENT_BYTES)
-        size_bytes = fmt.data_size_bytes(shape)
+        size_bytes = layout_data_bytes(fmt, layout, shape)
         scales_offset = align_up(offset + size_bytes, TENSOR_ALIGNMENT_BYTES) if fmt.is_integer else None
-        return cls(name, fmt, shape, offset, size_bytes, scales_offset, fmt.scales_size_bytes(shape))
+        scales_size_bytes = layout_scales_bytes(fmt, layout, shape)
+        return cls(name, fmt, layout, shape, offset, size_bytes, scales_offset, scales_size_bytes)
 
     @property
     def end(self) -> int:
@@ -111,6 +118,7 @@ class TensorEntry:
             "name": self.name,
             "format": self.format.name,
             "group": self.format.group,
+            "layout": self.layout,
             "shape": list(self.shape),
             "offset": self.offset,
             "size_bytes": self.size_bytes,
@@ -173,7 +181,8 @@ def write_engine(
             raise InputError("is used twice or is not a name", place="tensors", found=repr(source.name)[:100])
         names.add(source.name)
         start_bytes = entries[-1].end if entries else 0
-        entries.append(TensorEntry.placed(source.name, source.format, tuple(source.shape), start_bytes))
+        shape = tuple(source.shape)
+        entries.append(TensorEntry.placed(source.name, source.format, source.layout, shape, start_bytes))
     sections = [Section.of("graph", graph)]
     if program is not None:
         sections.append(Section.of("program", program))
@@ -212,13 +221,15 @@ def _weight_pieces(
                 expected=f"{entry.format} {list(entry.shape)}",
                 found=f"{weight.format} {list(weight.shape)}",
             )
-        yield bytes(entry.offset - position)
-        yield weight.data.reshape(-1).data
-        if entry.scales_offset is not None and weight.scales is not None:
-            yield bytes(entry.scales_offset - entry.offset - entry.size_bytes)
-            yield weight.scales.reshape(-1).data
-        position = entry.end
+        packed = pack(weight, entry.layout)
         del weight
+        yield bytes(entry.offset - position)
+        yield packed.data.data
+        if entry.scales_offset is not None and packed.scales is not None:
+            yield bytes(entry.scales_offset - entry.offset - entry.size_bytes)
+            yield packed.scales.data
+        position = entry.end
+        del packed
         if progress is not None:
             progress(entry.name, entry.size_bytes + entry.scales_size_bytes)
 
@@ -245,6 +256,14 @@ class EngineFile:
         self.path = container.path
         header = container.header
         with errors_in(self.path):
+            if container.version < ENGINE_VERSION:
+                raise HeaderError(
+                    "is an engine of an older goslet",
+                    place="format version",
+                    expected=ENGINE_VERSION,
+                    found=container.version,
+                    remedy=_AGAIN,
+                )
             self.spec = ModelSpec.from_json(_need(header, "model", dict), "model")
             self.state_spec = StateSpec.from_json(_need(header, "state", dict), "state")
             self.model_id: str = _need(header, "model_id", str)
@@ -325,12 +344,12 @@ class EngineFile:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a number takes on average over all tensors, scales and row padding included."""
+        """Bits that a number takes on average over all tensors, scales and padding included."""
         stored_bytes = sum(entry.size_bytes + entry.scales_size_bytes for entry in self.tensors.values())
         return 8 * stored_bytes / max(1, self.n_weights)
 
-    def weight(self, name: str) -> EncodedWeight:
-        """A tensor, as read-only views into the map; they stay good after `close`.
+    def packed(self, name: str) -> PackedWeight:
+        """A tensor as it lies in the file: read-only views into the map, which stay good after `close`.
 
         Raises:
             HeaderError: the engine has no such tensor.
@@ -343,9 +362,17 @@ class EngineFile:
         data = np.frombuffer(section, np.uint8, entry.size_bytes, entry.offset)
         scales = None
         if entry.scales_offset is not None:
-            flat = np.frombuffer(section, np.dtype("<f2"), entry.scales_size_bytes // 2, entry.scales_offset)
-            scales = flat.reshape(entry.shape[0], -1)
-        return EncodedWeight(entry.format, entry.shape, data.reshape(*entry.shape[:-1], -1), scales)
+            scales = np.frombuffer(section, np.dtype("<f2"), entry.scales_size_bytes // 2, entry.scales_offset)
+        return PackedWeight(entry.format, entry.layout, entry.shape, data, scales)
+
+    def weight(self, name: str) -> EncodedWeight:
+        """A tensor as plain rows: read-only views into the map where it lies in rows, and a copy where it does not.
+
+        Raises:
+            HeaderError: the engine has no such tensor.
+            InputError: the file is closed.
+        """
+        return unpack(self.packed(name))
 
     def check(self) -> None:
         """Verify the checksum of every section, weights and plans too.
@@ -427,7 +454,8 @@ def _read_tensors(items: Sequence[Any], section_bytes: int) -> dict[str, TensorE
             if group is not None:
                 group = _need(item, "group", int, f"{place}.")
             fmt = WeightFormat(_need(item, "format", str, f"{place}."), group)
-            entry = TensorEntry.placed(name, fmt, tuple(shape), end)
+            layout = _need(item, "layout", str, f"{place}.")
+            entry = TensorEntry.placed(name, fmt, layout, tuple(shape), end)
         except QuantizationError as error:
             raise HeaderError(
                 error.problem, place=f"tensor {name}", expected=error.expected, found=error.found, remedy=_AGAIN
@@ -436,7 +464,7 @@ def _read_tensors(items: Sequence[Any], section_bytes: int) -> dict[str, TensorE
             # Without the types True would pass for 1, and 64.0 for 64.
             if key not in item or item[key] != expected or type(item[key]) is not type(expected):
                 raise HeaderError(
-                    "is not what format, shape and the tensor before it imply",
+                    "is not what format, layout, shape and the tensor before it imply",
                     place=f"tensor {name}, {key}",
                     expected=expected,
                     found=repr(item.get(key))[:100],

@@ -1,7 +1,8 @@
 """What the step graph calls its weights, and how an engine's stored weights become them.
 
-Engines store a matrix as rows [out, in]; ONNX multiplies from the right, so the graph's initializer of the same name is
-[in, out], with float32 scales [⌈in / group⌉, out] beside it under the name plus ``.scale``. Vectors are as stored.
+`EngineFile.weight` gives a matrix as rows [out, in]; ONNX multiplies from the right, so the graph's initializer of the
+same name is [in, out], with float32 scales [⌈in / group⌉, out] beside it under the name plus ``.scale``. Vectors are as
+stored.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def graph_initializers(file: EngineFile) -> dict[str, NDArray[np.uint8]]:
         buffers[name] = _transposed(weight)
         if weight.scales is not None:
             buffers[name + SCALE_SUFFIX] = np.ascontiguousarray(weight.scales.T, np.float32).reshape(-1).view(np.uint8)
+        # It may be a copy, and must not be in memory while the next one is unpacked.
+        del weight
     return buffers
 
 

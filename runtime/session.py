@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,39 +22,25 @@ from .spec import ModelSpec, StateSpec
 from .state import State
 from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
+# A call holds the sessions' locks in nested frames. The weights are read once for 64 sessions, so little is lost.
+MAX_BATCH = 256
+
 
 class Session:
     """One conversation: a state of fixed size and the step that moves it on. Made by `Engine.session`.
 
     A session may be used from any thread; calls from several threads wait for each other. Different sessions of one
-    engine run in parallel. A call from within another one on the same thread, as a signal handler may make it, cannot
-    wait: it raises StateError. A session belongs to the process that opened its engine: in a child of ``os.fork()``
-    its methods raise InputError, since locks and compute threads of the parent may never answer there. The properties
-    work anywhere at any time.
+    engine run in parallel. A call from within another one on the same thread, as a signal handler may make it, must not
+    wait, whichever of the engine's sessions it is for: it raises StateError. A session belongs to the process that
+    opened its engine: in a child of ``os.fork()`` its methods raise InputError, since locks and compute threads of the
+    parent may never answer there. The properties work anywhere at any time.
     """
 
     def __init__(self, engine: Engine, state: State) -> None:
         self._engine = engine
         self._state = state
         self._stepper = engine.backend.stepper(state)
-        self._lock = threading.RLock()
-
-    def _turn(self) -> contextlib.AbstractContextManager[bool]:
-        """The lock, once waiting for it is known to end; taken by ``with`` itself, so that Ctrl-C cannot leak it.
-
-        Raises:
-            StateError: this thread is within another call of this session.
-            InputError: this is not the process that opened the engine.
-        """
-        self._engine.check_process()
-        # Only the lock itself can tell this without a second record, which an interruption might leave wrong.
-        if self._lock._is_owned():  # type: ignore[attr-defined]
-            raise StateError(
-                "the session is busy with another call on this thread",
-                place="session",
-                remedy="from a signal handler, set a flag and act once that call has returned",
-            )
-        return self._lock
+        self._lock = threading.Lock()
 
     @property
     def engine(self) -> Engine:
@@ -96,11 +82,11 @@ class Session:
             TokenError: a token is not an integer or outside the vocabulary; nothing was fed then.
             BackendError: the step failed.
             InputError: the engine is closed, or was opened by another process.
-            StateError: this thread is within another call of this session.
+            StateError: this thread is within another call of this engine's sessions.
         """
         ids = self._engine.check_tokens(tokens)
         logits = np.empty((len(ids) if all_logits else 1, self._engine.spec.vocab_size), np.float32)
-        with self._turn():
+        with self._engine.turn(), self._lock:
             self._engine.check_open()
             self._stepper.feed(ids, logits)
         return logits if all_logits else logits[0]
@@ -110,9 +96,9 @@ class Session:
 
         Raises:
             InputError: the engine was opened by another process.
-            StateError: this thread is within another call of this session, or memory is short.
+            StateError: this thread is within another call of this engine's sessions, or memory is short.
         """
-        with self._turn():
+        with self._engine.turn(), self._lock:
             return Session(self._engine, self._state.clone())
 
     def reset(self) -> None:
@@ -120,9 +106,9 @@ class Session:
 
         Raises:
             InputError: the engine was opened by another process.
-            StateError: this thread is within another call of this session.
+            StateError: this thread is within another call of this engine's sessions.
         """
-        with self._turn():
+        with self._engine.turn(), self._lock:
             self._state.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -131,10 +117,10 @@ class Session:
         Raises:
             OutputError: the file cannot be written; an existing one is then untouched.
             StateError: the state holds NaN or infinity, which `load` would refuse (an existing file is untouched), or
-                this thread is within another call of this session.
+                this thread is within another call of this engine's sessions.
             InputError: the path is none, or the engine was opened by another process.
         """
-        with self._turn():
+        with self._engine.turn(), self._lock:
             self._state.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -143,11 +129,18 @@ class Session:
         Raises:
             StateMismatchError: the file's state belongs to another model or layout; the session's state is untouched.
             ContainerError, StateError: the file is damaged; the session's state is untouched.
-            StateError: this thread is within another call of this session.
+            StateError: this thread is within another call of this engine's sessions.
             InputError: the engine was opened by another process.
         """
-        with self._turn():
+        with self._engine.turn(), self._lock:
             self._state.load(path)
+
+
+class _ThisThread(threading.local):
+    """A lock of each thread's own: whether it is held tells whether the thread is within a call."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
 
 
 class Engine:
@@ -165,6 +158,7 @@ class Engine:
         self._uncounted: frozenset[int] | None = None
         self._forbidden: Mapping[int, float] | None = None
         self._process = os.getpid()
+        self._this_thread = _ThisThread()
         self._open = True
 
     @property
@@ -207,6 +201,86 @@ class Engine:
         self.check_open()
         state = State(self.state_spec, self.model_id, double_buffered=not self._backend.in_place)
         return Session(self, state)
+
+    def step_batch(
+        self, sessions: Sequence[Session], tokens: Sequence[int] | NDArray[np.integer[Any]]
+    ) -> NDArray[np.float32]:
+        """Feed several sessions one token each, which costs much less than feeding them one after another.
+
+        Whenever this raises an error of goslet's, no session has moved. An interrupted call (Ctrl-C) leaves every
+        session's state whole, and its `tokens_seen` tells whether it has moved.
+
+        Args:
+            sessions: different sessions of this engine [n], 1 to 256.
+            tokens: a token id for each [n].
+
+        Returns:
+            float32 [n, V]: the logits after each session's token; the array is the caller's.
+
+        Raises:
+            EmptyPromptError: there are no tokens.
+            TokenError: a token is not an integer or outside the vocabulary.
+            InputError: there are no sessions, too many, not as many as tokens, or one is given twice or of another
+                engine; or the engine is closed, or was opened by another process.
+            BackendError: the step failed.
+            StateError: this thread is within another call of this engine's sessions.
+        """
+        batch = list(sessions)
+        ids = self.check_tokens(tokens)
+        if not 1 <= len(batch) <= MAX_BATCH:
+            raise InputError(
+                "is not a number of sessions that can be stepped together",
+                place="sessions",
+                expected=f"1 to {MAX_BATCH}",
+                found=len(batch),
+            )
+        if len(batch) != len(ids):
+            raise InputError("are not one for each session", place="tokens", expected=len(batch), found=len(ids))
+        places: dict[Session, int] = {}
+        for index, session in enumerate(batch):
+            if not isinstance(session, Session) or session.engine is not self:
+                raise InputError(
+                    "is no session of this engine", place=f"sessions[{index}]", remedy="use sessions of this engine"
+                )
+            if session in places:
+                raise InputError(
+                    "is given twice",
+                    place=f"sessions[{index}]",
+                    found=f"the same session as sessions[{places[session]}]",
+                )
+            places[session] = index
+        logits = np.empty((len(batch), self.spec.vocab_size), np.float32)
+        # One order for all batches, so that two of them never wait for each other.
+        locks = sorted((session._lock for session in batch), key=id)
+
+        def step() -> None:
+            self.check_open()
+            self._backend.step_batch([session._stepper for session in batch], ids, logits)
+
+        with self.turn():
+            _holding(locks, step)
+        return logits
+
+    def turn(self) -> contextlib.AbstractContextManager[bool]:
+        """This thread's own lock, to be held during each call of a session, before the session's own.
+
+        A call within another one could wait for a session that another thread's batch holds, while that one waits for
+        the session of the outer call. Like all locks here it is taken by ``with`` itself: Ctrl-C then cannot leak it.
+
+        Raises:
+            StateError: this thread is within another call of this engine's sessions.
+            InputError: this is not the process that opened the engine.
+        """
+        self.check_process()
+        lock = self._this_thread.lock
+        # Only the lock itself can tell this without a second record, which an interruption might leave wrong.
+        if lock._is_owned():  # type: ignore[attr-defined]
+            raise StateError(
+                "the engine is busy with another call on this thread",
+                place="session",
+                remedy="from a signal handler, set a flag and act once that call has returned",
+            )
+        return lock
 
     def check_open(self) -> None:
         """Raise InputError when the engine was closed, or opened by another process."""
@@ -406,6 +480,15 @@ class Engine:
         self.close()
 
 
+def _holding(locks: Sequence[contextlib.AbstractContextManager[bool]], act: Callable[[], None]) -> None:
+    """Call `act` while holding all of the locks; nested, since only ``with`` itself gives back each that it took."""
+    if not locks:
+        act()
+        return
+    with locks[0]:
+        _holding(locks[1:], act)
+
+
 def open_engine(
     path: str | os.PathLike[str],
     *,
@@ -418,7 +501,7 @@ def open_engine(
 
     Args:
         path: a ``.goslet`` file.
-        backend: ``native``, ``ort`` or ``trt``; None takes the best one that is there.
+        backend: ``native``, ``ort`` or ``trt``; None takes native.
         device: ``cpu`` or ``cuda``.
         threads: compute threads; None leaves it to the backend.
         check: verify the weights' checksum too, which reads the whole file.

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The runtime from the bottom up: a module imports from its own layer, without circles, and from those before it.
 LAYERS = (
     ("errors", "_native"),
-    ("spec", "output"),
-    ("container", "weights", "enginefile", "initializers", "graph_check", "state", "sampling", "tokenizer"),
+    ("spec", "output", "machine"),
+    ("container", "weights", "layouts", "enginefile", "initializers", "graph_check", "state", "sampling", "tokenizer"),
     ("backends",),
     ("session",),
     ("evaluation", "benchmark"),

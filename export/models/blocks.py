@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import MissingTensorError
 from ...spec import ModelSpec, StateSpec
+from .program import Program
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -43,17 +44,26 @@ class TensorRule:
         shape: its shape in the checkpoint; axes of size 1 are not counted when it is compared.
         kind: what it is for.
         input_first: a matrix that the checkpoint stores as [in, out]; engines store every matrix as [out, in].
+        input_sparse: a matrix whose inputs are often exactly zero (relu²), so that an engine may skip their columns.
     """
 
     name: str
     shape: Shape
     kind: Kind
     input_first: bool = False
+    input_sparse: bool = False
 
     @property
     def is_matrix(self) -> bool:
         """Whether the tensor is stored as a matrix [out, in], and so may be quantized."""
         return self.kind is not Kind.VECTOR
+
+    @property
+    def layout(self) -> str:
+        """How it lies in the engine (`goslet.layouts`); the embedding is gathered by rows, never multiplied."""
+        if not self.is_matrix or self.kind is Kind.EMBEDDING:
+            return "rows"
+        return "columns" if self.input_sparse else "tiles"
 
     @property
     def stored_shape(self) -> Shape:
@@ -182,6 +192,10 @@ class Version(Protocol):
         self, spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One token: x [B, D] and the state's tensors [B, …] to logits [B, V] and the new state."""
+        ...
+
+    def program(self, spec: ModelSpec) -> Program:
+        """The same computation as `step`, stated as the native engine's fused steps."""
         ...
 
 

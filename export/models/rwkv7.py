@@ -21,6 +21,7 @@ from torch.nn import functional
 from ...errors import CheckpointError, MissingTensorError, TensorShapeError
 from ...spec import ModelSpec, StateSpec, StateTensor
 from .blocks import Kind, Operator, Ops, Shape, Shapes, TensorRule, count_layers, head_norm, layer_norm, lerp
+from .program import Program, product
 
 NAME = "7"
 NORM_EPS = 64e-5
@@ -159,7 +160,7 @@ def tensor_rules(spec: ModelSpec) -> tuple[TensorRule, ...]:
         norm(f"blocks.{layer}.ln2")
         vector(f"{ffn}.x_k")
         rules.append(TensorRule(f"{ffn}.key.weight", (hidden, width), Kind.CHANNEL_MIX))
-        rules.append(TensorRule(f"{ffn}.value.weight", (width, hidden), Kind.CHANNEL_MIX))
+        rules.append(TensorRule(f"{ffn}.value.weight", (width, hidden), Kind.CHANNEL_MIX, input_sparse=True))
     norm("ln_out")
     rules.append(TensorRule("head.weight", (spec.vocab_size, width), Kind.HEAD))
     return tuple(rules)
@@ -256,3 +257,71 @@ def step(spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]) -> t
         new_state[f"{layer}.ffn_shift"] = h
     logits = ops.linear("head.weight", layer_norm(x, ops, "ln_out", spec.layer_norm_eps))
     return logits, new_state
+
+
+def program(spec: ModelSpec) -> Program:
+    """The same token as `step`, as the native engine runs it: eight fused steps a layer."""
+    width, eps = spec.n_embd, spec.layer_norm_eps
+    steps = Program("x", width)
+    mixed = {letter: steps.register(f"mixed_{letter}", width) for letter in "rwkvag"}
+    r, w, k, v, a, g, y = (steps.register(name, width) for name in ("r", "w", "k", "v", "a", "g", "y"))
+    first_value, value_mix = steps.register("first_value", width), steps.register("value_mix", width)
+    hidden = steps.register("hidden", spec.n_ffn)
+    low = {letter: steps.register(f"low_{letter}", rank) for letter, rank in spec.ranks.items()}
+    low_activations = {"w": "tanh", "g": "sigmoid"}
+    up = {"w": (w, "decay"), "a": (a, "sigmoid"), "v": (value_mix, "sigmoid"), "g": (g, "none")}
+    for layer in range(spec.n_layer):
+        att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
+        letters = "wavg" if layer else "wag"
+        steps.norm_shift(
+            x="x",
+            norm=f"blocks.{layer}.ln1",
+            eps=eps,
+            shift=f"{layer}.att_shift",
+            mixes={f"{att}.x_{letter}": register for letter, register in mixed.items()},
+        )
+        steps.linear(
+            product(f"{att}.receptance.weight", mixed["r"], r),
+            product(f"{att}.key.weight", mixed["k"], k),
+            product(f"{att}.value.weight", mixed["v"], v),
+            *(
+                product(f"{att}.{i}1", mixed[i], low[i], activation=low_activations.get(i, "none"))
+                for i in letters
+            ),
+        )
+        steps.linear(
+            *(
+                product(f"{att}.{i}2", low[i], up[i][0], bias=None if i == "g" else f"{att}.{i}0", activation=up[i][1])
+                for i in letters
+            )
+        )
+        steps.wkv7(
+            r=r,
+            w=w,
+            k=k,
+            v=v,
+            a=a,
+            g=g,
+            first_value=first_value,
+            value_mix=value_mix if layer else None,
+            k_k=f"{att}.k_k",
+            k_a=f"{att}.k_a",
+            r_k=f"{att}.r_k",
+            norm=f"{att}.ln_x",
+            eps=spec.norm_eps,
+            state=f"{layer}.wkv",
+            head_size=spec.head_size,
+            out=y,
+        )
+        steps.linear(product(f"{att}.output.weight", y, "x", add=True))
+        steps.norm_shift(
+            x="x",
+            norm=f"blocks.{layer}.ln2",
+            eps=eps,
+            shift=f"{layer}.ffn_shift",
+            mixes={f"{ffn}.x_k": mixed["k"]},
+        )
+        steps.linear(product(f"{ffn}.key.weight", mixed["k"], hidden, activation="relu_squared"))
+        steps.linear(product(f"{ffn}.value.weight", hidden, "x", add=True))
+    steps.logits(x="x", norm="ln_out", eps=eps, weight="head.weight")
+    return steps

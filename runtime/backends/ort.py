@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +100,15 @@ class OrtBackend(Backend):
         """A stepper with one binding for each direction between `state`'s two buffers."""
         return _OrtStepper(self._session, self._embedding, self._n_embd, self._vocab_size, state)
 
+    def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """As `Backend.step_batch`, one step after another."""
+        own = cast("Sequence[_OrtStepper]", steppers)
+        for row, stepper in enumerate(own):
+            logits[row] = stepper.step(tokens[row : row + 1], f"session {row} of this batch")
+        # Only now, so that a step that fails leaves the sessions before it where they were too.
+        for stepper in own:
+            stepper.advance()
+
 
 def _create_session(file: EngineFile, graph: bytes, options: Any) -> Any:
     import onnxruntime
@@ -127,7 +136,7 @@ class _OrtStepper(Stepper):
         self._embedding = embedding
         self._state = state
         self._x = np.zeros((1, n_embd), np.float32)
-        self._logits = np.zeros((1, vocab_size), np.float32)
+        self._logits: NDArray[np.float32] = np.zeros((1, vocab_size), np.float32)
         front, back = state.front, state.back
         self._bindings = {
             _address(front): self._binding(front, back),
@@ -147,20 +156,29 @@ class _OrtStepper(Stepper):
     def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         every = len(logits) == len(tokens)
         for index in range(len(tokens)):
-            self._x[:] = decode_rows(self._embedding, tokens[index : index + 1])
-            try:
-                self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
-            except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-                raise BackendError(
-                    f"ONNX Runtime failed: {first_line(error)}",
-                    place=f"token {index} of this feed",
-                    remedy="the session's state is as it was before this token",
-                ) from error
-            self._state.advance()
+            found = self.step(tokens[index : index + 1], f"token {index} of this feed")
+            self.advance()
             if every:
-                logits[index] = self._logits[0]
+                logits[index] = found
         if not every:
             logits[0] = self._logits[0]
+
+    def step(self, token: NDArray[np.int64], place: str) -> NDArray[np.float32]:
+        """Write the state after one token [1] to the back buffer; float32 logits [V], good until the next step."""
+        self._x[:] = decode_rows(self._embedding, token)
+        try:
+            self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
+        except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+            raise BackendError(
+                f"ONNX Runtime failed: {first_line(error)}",
+                place=place,
+                remedy="the session's state is as it was before this token",
+            ) from error
+        return self._logits.reshape(-1)
+
+    def advance(self) -> None:
+        """Let the state that `step` wrote be the session's."""
+        self._state.advance()
 
 
 def _address(tensors: Mapping[str, NDArray[np.float32]]) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..benchmark import Benchmark, available_cores, run_benchmark
+from ..benchmark import Benchmark, run_benchmark
+from ..machine import available_cores
 from .console import Console, readable_size
 from .flags import add_backend_flags, open_engine
 
@@ -37,10 +38,15 @@ def execute(args: argparse.Namespace, console: Console) -> int:
 
 def _show(result: Benchmark, console: Console) -> None:
     machine = result.machine
-    console.line(f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, backend {result.backend}")
+    backend = result.backend if result.isa is None else f"{result.backend} ({result.isa})"
+    console.line(f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, backend {backend}")
     for name, rate in (("decode", result.tokens_per_s), ("prefill", result.prefill_tokens_per_s)):
         console.line(f"{name:<9} {rate.median:.1f} tokens/s (5% {rate.p5:.1f}, 95% {rate.p95:.1f})")
     console.line(f"a token   {readable_size(result.bytes_per_token)} of weights and state")
+    if result.density is not None:
+        console.line(
+            f"density   {result.density:.1%} of ffn.value's inputs are not zero; weights of the others go unread"
+        )
     console.line(f"memory    {result.bandwidth_gb_s:.1f} GB/s, of which decoding uses {result.share_of_bandwidth:.0%}")
     if result.share_of_bandwidth > 1:
         console.line("          (more than all: the weights stay in the cache)")

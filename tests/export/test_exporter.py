@@ -224,12 +224,26 @@ def test_report_and_provenance(one_layer: Path, tmp_path: Path) -> None:
         one_layer, tmp_path / "x.goslet", progress=lambda stage, done, total: seen.update({stage: (done, total)})
     )
     assert report.size_bytes == (tmp_path / "x.goslet").stat().st_size
-    assert 8 < report.bits_per_weight < 10
     assert all(done == total for done, total in seen.values())
     with EngineFile.open(tmp_path / "x.goslet") as engine:
         assert engine.provenance["source"] == "one.pth"
         assert str(tmp_path) not in str(engine.provenance)
         assert engine.model_id == report.model_id
+        plain_bytes = sum(engine.weight(name).size_bytes for name in engine.tensors)
+        stored_bytes = sum(engine.packed(name).size_bytes for name in engine.tensors)
+        assert 8 < 8 * plain_bytes / engine.n_weights < 10
+        assert plain_bytes < stored_bytes, "this model's ranks are padded"
+        assert report.bits_per_weight == 8 * stored_bytes / engine.n_weights
+
+
+def test_layouts_are_those_that_the_kernels_multiply(tiny_engines: dict[str, Path]) -> None:
+    with EngineFile.open(tiny_engines["int4"]) as engine:
+        for name, entry in engine.tensors.items():
+            if len(entry.shape) == 1 or name == EMBEDDING:
+                assert entry.layout == "rows", name
+            else:
+                assert entry.layout == ("columns" if name.endswith("ffn.value.weight") else "tiles"), name
+        assert {entry.layout for entry in engine.tensors.values()} == {"rows", "columns", "tiles"}
 
 
 def test_norm_eps_reaches_graph_and_spec(one_layer: Path, tmp_path: Path) -> None:

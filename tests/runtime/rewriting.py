@@ -23,12 +23,18 @@ def rewritten(source: Path, target: Path, **changes: object) -> Path:
             "graph": bytes(file.graph_bytes),
             "graph_info": dict(file.graph_info),
             "tensors": [
-                TensorSource(renamed.get(name, name), entry.format, entry.shape, lambda name=name: file.weight(name))
+                TensorSource(
+                    renamed.get(name, name),
+                    entry.format,
+                    entry.shape,
+                    lambda name=name: file.weight(name),
+                    entry.layout,
+                )
                 for name, entry in file.tensors.items()
                 if name != without
             ],
             "tokenizer": None,
-            "program": None,
+            "program": None if file.program_bytes is None else bytes(file.program_bytes),
             "provenance": {},
             "overwrite": False,
         }

@@ -36,6 +36,7 @@ from goslet.errors import (
     TruncatedError,
     WrongMagicError,
 )
+from goslet.layouts import PackedWeight, pack, unpack
 from goslet.spec import ModelSpec, StateSpec, StateTensor
 from goslet.weights import EncodedWeight, WeightFormat, decode, decode_rows, encode
 
@@ -73,8 +74,18 @@ def made(name: str) -> EncodedWeight:
     return encode(values, fmt, name)
 
 
+LAYOUT = {"blocks.0.att.key": "columns", "blocks.0.ffn.key": "tiles", "head": "tiles"}
+
+
 def sources() -> list[TensorSource]:
-    return [TensorSource(name, fmt, shape, lambda name=name: made(name)) for name, (fmt, shape) in SHAPES.items()]
+    return [
+        TensorSource(name, fmt, shape, lambda name=name: made(name), LAYOUT.get(name, "rows"))
+        for name, (fmt, shape) in SHAPES.items()
+    ]
+
+
+def laid(name: str) -> PackedWeight:
+    return pack(made(name), LAYOUT.get(name, "rows"))
 
 
 def write(path: Path, **changes: Any) -> None:
@@ -154,7 +165,8 @@ def test_bytes_are_as_documented(good: bytes) -> None:
     weights = section_range(good, "weights")
     end = 0
     for entry, name in zip(header["tensors"], SHAPES, strict=True):
-        weight = made(name)
+        weight = laid(name)
+        assert entry["layout"] == LAYOUT.get(name, "rows")
         assert (entry["name"], entry["format"], entry["group"]) == (name, weight.format.name, weight.format.group)
         parts = [("offset", "size_bytes", weight.data), ("scales_offset", "scales_size_bytes", weight.scales)]
         for offset_key, size_key, array in parts:
@@ -178,7 +190,7 @@ def test_same_input_same_bytes(tmp_path: Path, good: bytes) -> None:
 def test_views_share_the_map_and_survive_closing(tmp_path: Path) -> None:
     write(tmp_path / "m.goslet")
     file = EngineFile.open(tmp_path / "m.goslet")
-    weights = {name: file.weight(name) for name in file.tensors}
+    weights = {name: file.packed(name) for name in file.tensors}
     graph = file.graph_bytes
     file.close()
     for name, weight in weights.items():
@@ -186,7 +198,7 @@ def test_views_share_the_map_and_survive_closing(tmp_path: Path) -> None:
             if array is not None:
                 assert not array.flags.writeable and not array.flags.owndata
                 assert array.ctypes.data % TENSOR_ALIGNMENT_BYTES == 0
-        assert (decode(weight) == decode(made(name))).all()
+        assert (decode(unpack(weight)) == decode(made(name))).all()
     assert bytes(graph) == GRAPH
     with pytest.raises(InputError, match="closed"):
         file.weight("emb")
@@ -207,7 +219,7 @@ def test_sizes(tmp_path: Path) -> None:
         assert file.section_sizes["graph"] == len(GRAPH)
         assert file.section_sizes["tokenizer"] == len(TOKENIZER)
         assert file.n_weights == 5 * 67 + 64 + 3 * 130 + 40 * 64 + 40 * 64 + 2 * 3 * 5
-        stored_bytes = sum(made(name).size_bytes for name in SHAPES)
+        stored_bytes = sum(laid(name).size_bytes for name in SHAPES)
         assert file.bits_per_weight == 8 * stored_bytes / file.n_weights
 
 
@@ -262,9 +274,9 @@ def test_tensors_are_made_one_at_a_time_and_reported(tmp_path: Path) -> None:
         weakref.finalize(data, gone)
         return EncodedWeight(weight.format, weight.shape, data, weight.scales)
 
-    tensors = [TensorSource(s.name, s.format, s.shape, lambda name=s.name: produce(name)) for s in sources()]
+    tensors = [TensorSource(s.name, s.format, s.shape, lambda name=s.name: produce(name), s.layout) for s in sources()]
     write(tmp_path / "m.goslet", tensors=iter(tensors), progress=lambda name, size: calls.append((name, size)))
-    assert calls == [(name, made(name).size_bytes) for name in SHAPES]
+    assert calls == [(name, laid(name).size_bytes) for name in SHAPES]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +298,8 @@ def test_tensors_are_made_one_at_a_time_and_reported(tmp_path: Path) -> None:
         {"tensors": [sources()[0]._replace(format=WeightFormat("int4", 64))]},
         {"tensors": [sources()[-1]._replace(shape=(5, 3, 2))]},
         {"tensors": [sources()[3]._replace(format=WeightFormat("bf16"))]},
+        {"tensors": [sources()[0]._replace(layout="diagonal")]},
+        {"tensors": [sources()[1]._replace(layout="tiles")]},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -353,6 +367,22 @@ def test_a_state_file_is_not_an_engine_file(tmp_path: Path) -> None:
     container.write_container(path, magic=b"\x89GSTA\r\n\x1a", version=1, header={}, sections=[], overwrite=False)
     with pytest.raises(WrongMagicError, match="is not a goslet engine file"):
         EngineFile.open(path)
+
+
+def test_engines_of_the_first_format_are_to_be_exported_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.goslet"
+    container.write_container(path, magic=ENGINE_MAGIC, version=1, header={}, sections=[], overwrite=False)
+    with pytest.raises(HeaderError, match=r"older goslet.*export the engine again"):
+        EngineFile.open(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "layout"), [(0, "diagonal"), (0, None), (0, 1), (0, "rows"), (2, "columns"), (1, "tiles"), (5, "columns")]
+)
+def test_layouts_that_cannot_be_are_refused(good: bytes, index: int, layout: Any) -> None:
+    header = header_of(good)
+    header["tensors"][index]["layout"] = layout
+    assert error_of(with_raw_header(good, json.dumps(header).encode())) is HeaderError
 
 
 def test_truncated_at_every_boundary(good: bytes) -> None:

@@ -1,0 +1,49 @@
+// The kernels for AVX-512 with VL, in registers of 32 bytes: wider ones win nothing where memory is the limit.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+#include "tables.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+// Only what follows is compiled for AVX-512, and it defines nothing that another file could share: a function of the
+// standard library compiled here might be linked into all of the program. For GCC it holds to the end of the file,
+// where templates are compiled.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#include "simd_avx2.h"
+
+namespace goslet {
+namespace {
+
+// 32 registers: 8 rows of 2 vectors leave room for the operands.
+constexpr std::size_t kRowsAtOnce = 8;
+constexpr std::size_t kIntegerTilesAtOnce = 2;
+constexpr std::size_t kFloatTilesAtOnce = 4;
+
+}  // namespace
+}  // namespace goslet
+
+#include "elementwise.h"
+#include "products.h"
+
+namespace goslet {
+
+const Kernels kAvx512Kernels = {"avx512", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+
+}  // namespace goslet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

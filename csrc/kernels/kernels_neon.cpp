@@ -1,0 +1,36 @@
+// The kernels for 64-bit ARM, all of which has NEON.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+#include "tables.h"
+
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include "simd_neon.h"
+
+namespace goslet {
+namespace {
+
+// 32 registers of 16 bytes: 4 rows of 2 vectors take 16.
+constexpr std::size_t kRowsAtOnce = 4;
+constexpr std::size_t kIntegerTilesAtOnce = 2;
+constexpr std::size_t kFloatTilesAtOnce = 4;
+
+}  // namespace
+}  // namespace goslet
+
+#include "elementwise.h"
+#include "products.h"
+
+namespace goslet {
+
+const Kernels kNeonKernels = {"neon", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+
+}  // namespace goslet
+
+#endif  // __aarch64__

@@ -1,0 +1,141 @@
+// The plain products: one number at a time, straight from matrix.h.
+#include <cmath>
+#include <cstring>
+
+#include "reference.h"
+#include "tables.h"
+
+namespace goslet {
+
+namespace {
+
+double f16_value(std::uint16_t bits) {
+    const int exponent = bits >> 10 & 31;
+    const int fraction = bits & 1023;
+    double magnitude = std::ldexp(fraction + (exponent > 0 ? 1024 : 0), (exponent > 0 ? exponent : 1) - 25);
+    if (exponent == 31) {
+        magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
+    }
+    return bits >> 15 != 0 ? -magnitude : magnitude;
+}
+
+double f32_value(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+std::uint32_t little_endian(const std::uint8_t* data, std::size_t n_bytes) {
+    std::uint32_t number = 0;
+    for (std::size_t i = 0; i < n_bytes; ++i) {
+        number |= static_cast<std::uint32_t>(data[i]) << 8 * i;
+    }
+    return number;
+}
+
+// Where the number at (output, input) begins, in bits.
+std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) {
+    const std::size_t bits = format_bits(matrix.format);
+    if (matrix.layout == Layout::kTiles) {
+        const std::size_t tile = output / kTileRows * kTileRows * matrix.padded_in();
+        const std::size_t lane = output % kTileRows;
+        switch (matrix.format) {
+            case Format::kInt8:
+                return (tile + input / 2 * 16 + 2 * lane + input % 2) * bits;
+            case Format::kInt4:
+                return (tile + input / 8 * 64) * bits + (2 * lane + input % 2) * 16 + input % 8 / 2 * 4;
+            default:
+                return (tile + input * kTileRows + lane) * bits;
+        }
+    }
+    const std::size_t row = input * matrix.padded_out();
+    if (matrix.format == Format::kInt4) {
+        const std::size_t block = output / kColumnsBlock * kColumnsBlock;
+        return (row + block) * bits + output % 8 * 32 + output % kColumnsBlock / 8 * 4;
+    }
+    return (row + output) * bits;
+}
+
+double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
+    const std::size_t bit = bit_of(matrix, output, input);
+    const std::uint8_t* data = matrix.data + bit / 8;
+    switch (matrix.format) {
+        case Format::kF32:
+            return f32_value(little_endian(data, 4));
+        case Format::kF16:
+            return f16_value(static_cast<std::uint16_t>(little_endian(data, 2)));
+        case Format::kBf16:
+            return f32_value(little_endian(data, 2) << 16);
+        case Format::kInt8:
+            return static_cast<std::int8_t>(*data);
+        case Format::kInt4:
+            return static_cast<double>(*data >> bit % 8 & 15) - 8.0;
+    }
+    return 0.0;
+}
+
+double scale(const Matrix& matrix, std::size_t output, std::size_t group) {
+    const std::size_t at = matrix.layout == Layout::kTiles
+                               ? (output / kTileRows * matrix.n_groups() + group) * kTileRows + output % kTileRows
+                               : group * matrix.padded_out() + output;
+    return f16_value(matrix.scales[at]);
+}
+
+void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales,
+          std::int32_t* sums) {
+    for (std::size_t begin = 0; begin < n; begin += group, ++scales, ++sums) {
+        const std::size_t end = begin + group < n ? begin + group : n;
+        double range = 0.0;
+        bool finite = true;
+        for (std::size_t i = begin; i < end; ++i) {
+            range = std::fmax(range, std::fabs(static_cast<double>(x[i])));
+            finite = finite && std::isfinite(x[i]);
+        }
+        *scales = finite ? static_cast<float>(range / 32767.0) : std::nanf("");
+        *sums = 0;
+        for (std::size_t i = begin; i < begin + group; ++i) {
+            const bool some = finite && range > 0.0 && i < end;
+            integers[i] = some ? static_cast<std::int16_t>(std::nearbyint(x[i] * 32767.0 / range)) : std::int16_t{0};
+            *sums += 8 * integers[i];
+        }
+    }
+}
+
+void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit, std::size_t end_unit, float* out,
+              std::size_t out_stride, bool /*skip_zeros*/) {
+    const std::size_t end_output = end_unit * matrix.unit_outputs();
+    for (std::size_t row = 0; row < x.n_rows; ++row) {
+        for (std::size_t output = first_unit * matrix.unit_outputs(); output < end_output && output < matrix.n_out;
+             ++output) {
+            double total = 0.0;
+            if (is_integer(matrix.format)) {
+                for (std::size_t group = 0; group < matrix.n_groups(); ++group) {
+                    double sum = 0.0;
+                    for (std::size_t i = group * matrix.group; i < (group + 1) * matrix.group && i < matrix.n_in;
+                         ++i) {
+                        sum += weight(matrix, output, i) * x.integers[row * x.stride + i];
+                    }
+                    total += sum * x.scales[row * matrix.n_groups() + group] * scale(matrix, output, group);
+                }
+            } else {
+                for (std::size_t i = 0; i < matrix.n_in; ++i) {
+                    total += weight(matrix, output, i) * x.floats[row * x.stride + i];
+                }
+            }
+            out[row * out_stride + output] = static_cast<float>(total);
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels kReferenceKernels = {"reference",
+                                   pack,
+                                   multiply,
+                                   reference::layer_norm,
+                                   reference::lerp,
+                                   reference::activate,
+                                   reference::add,
+                                   reference::wkv7};
+
+}  // namespace goslet

@@ -1,0 +1,162 @@
+// simd.h for AVX2 with FMA and F16C. Include <immintrin.h> and simd.h before the target pragma, this after it.
+
+namespace goslet {
+namespace {
+
+struct F32x8 {
+    __m256 v;
+};
+struct I32x8 {
+    __m256i v;
+};
+
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+GOSLET_INLINE F32x8 abs(F32x8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+GOSLET_INLINE F32x8 floor(F32x8 a) { return {_mm256_floor_ps(a.v)}; }
+GOSLET_INLINE F32x8 round_even(F32x8 a) {
+    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {_mm256_and_si256(a.v, b.v)}; }
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {_mm256_or_si256(a.v, b.v)}; }
+template <int n>
+GOSLET_INLINE I32x8 shift_left(I32x8 a) {
+    return {_mm256_slli_epi32(a.v, n)};
+}
+template <int n>
+GOSLET_INLINE I32x8 shift_right(I32x8 a) {
+    return {_mm256_srli_epi32(a.v, n)};
+}
+
+GOSLET_INLINE F32x8 zero() { return {_mm256_setzero_ps()}; }
+GOSLET_INLINE I32x8 zero_i32() { return {_mm256_setzero_si256()}; }
+GOSLET_INLINE F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
+GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
+GOSLET_INLINE F32x8 load(const float* x) { return {_mm256_loadu_ps(x)}; }
+GOSLET_INLINE void store(float* x, F32x8 a) { _mm256_storeu_ps(x, a.v); }
+GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
+}
+GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), a.v); }
+
+GOSLET_INLINE __m256i first_lanes(std::size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) { return {_mm256_maskload_ps(x, first_lanes(n))}; }
+GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) { _mm256_maskstore_ps(x, first_lanes(n), a.v); }
+
+GOSLET_INLINE F32x8 to_f32(I32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+GOSLET_INLINE I32x8 to_i32(F32x8 a) { return {_mm256_cvtps_epi32(a.v)}; }
+GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {_mm256_castps_si256(a.v)}; }
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {_mm256_castsi256_ps(a.v)}; }
+GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) { return bits_of({_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}); }
+GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(mask.v))};
+}
+
+GOSLET_INLINE float sum(F32x8 a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+GOSLET_INLINE float largest(F32x8 a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const F16* x) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+GOSLET_INLINE F32x8 load_weights(const Bf16* x) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+
+struct Pairs {
+    __m256i v;  // lane 2 · output + input
+};
+struct InputPair {
+    __m256i v;
+};
+GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+    std::int32_t both;
+    std::memcpy(&both, x, sizeof both);
+    return {_mm256_set1_epi32(both)};
+}
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return {_mm256_load_si256(&x->v)}; }
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { _mm256_store_si256(&x->v, a.v); }
+GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
+#ifdef GOSLET_VNNI
+    return {_mm256_dpwssd_epi32(sum.v, weights.v, x.v)};
+#else
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(weights.v, x.v))};
+#endif
+}
+
+struct Int8Tile {
+    static constexpr std::size_t kPairs = 1;
+    static constexpr std::size_t kBytes = 16;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        pairs[0] = {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)))};
+    }
+};
+
+// Of four nibbles in every 16-bit lane, a vector for each.
+GOSLET_INLINE void split_nibbles(__m256i x, Pairs* pairs) {
+    const __m256i mask = _mm256_set1_epi16(0x000F);
+    pairs[0] = {_mm256_and_si256(x, mask)};
+    pairs[1] = {_mm256_and_si256(_mm256_srli_epi16(x, 4), mask)};
+    pairs[2] = {_mm256_and_si256(_mm256_srli_epi16(x, 8), mask)};
+    pairs[3] = {_mm256_srli_epi16(x, 12)};
+}
+
+struct Int4Tile {
+    static constexpr std::size_t kPairs = 4;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        split_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)), pairs);
+    }
+};
+
+struct Int8Columns {
+    // 16 outputs at a time.
+    static constexpr std::size_t kPairs = 2;
+    static constexpr std::size_t kBytes = 16;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        const __m128i x1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+        const __m128i x2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+        pairs[0] = {_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x1, x2))};
+        pairs[1] = {_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x1, x2))};
+    }
+};
+
+struct Int4Columns {
+    static constexpr std::size_t kPairs = 8;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        const __m256i x1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+        const __m256i x2 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
+        split_nibbles(_mm256_blend_epi16(x1, _mm256_slli_epi32(x2, 16), 0xAA), pairs);
+        split_nibbles(_mm256_blend_epi16(_mm256_srli_epi32(x1, 16), x2, 0xAA), pairs + 4);
+    }
+};
+
+GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+    const __m256i wide = _mm256_cvtps_epi32(a.v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
+                     _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+}
+
+}  // namespace
+}  // namespace goslet

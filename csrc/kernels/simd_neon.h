@@ -1,0 +1,178 @@
+// simd.h for 64-bit ARM's NEON.
+
+namespace goslet {
+namespace {
+
+struct F32x8 {
+    float32x4_t low, high;
+};
+struct I32x8 {
+    int32x4_t low, high;
+};
+
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
+    return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+}
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 abs(F32x8 a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
+GOSLET_INLINE F32x8 floor(F32x8 a) { return {vrndmq_f32(a.low), vrndmq_f32(a.high)}; }
+GOSLET_INLINE F32x8 round_even(F32x8 a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {vandq_s32(a.low, b.low), vandq_s32(a.high, b.high)}; }
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {vorrq_s32(a.low, b.low), vorrq_s32(a.high, b.high)}; }
+template <int n>
+GOSLET_INLINE I32x8 shift_left(I32x8 a) {
+    return {vshlq_n_s32(a.low, n), vshlq_n_s32(a.high, n)};
+}
+template <int n>
+GOSLET_INLINE I32x8 shift_right(I32x8 a) {
+    return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.low), n)),
+            vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), n))};
+}
+
+GOSLET_INLINE F32x8 broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
+GOSLET_INLINE F32x8 zero() { return broadcast(0.0f); }
+GOSLET_INLINE I32x8 zero_i32() { return broadcast_i32(0); }
+GOSLET_INLINE F32x8 load(const float* x) { return {vld1q_f32(x), vld1q_f32(x + 4)}; }
+GOSLET_INLINE void store(float* x, F32x8 a) {
+    vst1q_f32(x, a.low);
+    vst1q_f32(x + 4, a.high);
+}
+GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) { return {vld1q_s32(x), vld1q_s32(x + 4)}; }
+GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
+    vst1q_s32(x, a.low);
+    vst1q_s32(x + 4, a.high);
+}
+GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) {
+    float lanes[8] = {};
+    std::memcpy(lanes, x, n * sizeof(float));
+    return load(lanes);
+}
+GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) {
+    float lanes[8];
+    store(lanes, a);
+    std::memcpy(x, lanes, n * sizeof(float));
+}
+
+GOSLET_INLINE F32x8 to_f32(I32x8 a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
+GOSLET_INLINE I32x8 to_i32(F32x8 a) { return {vcvtnq_s32_f32(a.low), vcvtnq_s32_f32(a.high)}; }
+GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {vreinterpretq_s32_f32(a.low), vreinterpretq_s32_f32(a.high)}; }
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)}; }
+GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
+    return {vreinterpretq_s32_u32(vcltq_f32(a.low, b.low)), vreinterpretq_s32_u32(vcltq_f32(a.high, b.high))};
+}
+GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
+    return {vbslq_f32(vreinterpretq_u32_s32(mask.low), a.low, b.low),
+            vbslq_f32(vreinterpretq_u32_s32(mask.high), a.high, b.high)};
+}
+
+GOSLET_INLINE float sum(F32x8 a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
+GOSLET_INLINE float largest(F32x8 a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
+
+GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const F16* x) {
+    const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(&x->bits));
+    return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
+}
+GOSLET_INLINE F32x8 load_weights(const Bf16* x) {
+    const uint16x8_t top = vld1q_u16(&x->bits);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(top), 16)),
+            vreinterpretq_f32_u32(vshll_high_n_u16(top, 16))};
+}
+
+// Loads take adjacent numbers apart at no cost, so the two inputs' weights are kept apart.
+struct Pairs {
+    int16x8_t first, second;
+};
+struct InputPair {
+    int16x4_t v;
+};
+GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+    std::int32_t both;
+    std::memcpy(&both, x, sizeof both);
+    return {vreinterpret_s16_s32(vdup_n_s32(both))};
+}
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return *x; }
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { *x = a; }
+GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
+    sum.low = vmlal_lane_s16(sum.low, vget_low_s16(weights.first), x.v, 0);
+    sum.high = vmlal_high_lane_s16(sum.high, weights.first, x.v, 0);
+    sum.low = vmlal_lane_s16(sum.low, vget_low_s16(weights.second), x.v, 1);
+    sum.high = vmlal_high_lane_s16(sum.high, weights.second, x.v, 1);
+    return sum;
+}
+
+GOSLET_INLINE int8x8_t load_bytes(const std::uint8_t* data) { return vreinterpret_s8_u8(vld1_u8(data)); }
+
+struct Int8Tile {
+    static constexpr std::size_t kPairs = 1;
+    static constexpr std::size_t kBytes = 16;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        const uint8x8x2_t apart = vld2_u8(data);
+        pairs[0] = {vmovl_s8(vreinterpret_s8_u8(apart.val[0])), vmovl_s8(vreinterpret_s8_u8(apart.val[1]))};
+    }
+};
+
+GOSLET_INLINE uint16x8x2_t load_halves(const std::uint8_t* data) {
+    const uint16x8_t low = vreinterpretq_u16_u8(vld1q_u8(data));
+    const uint16x8_t high = vreinterpretq_u16_u8(vld1q_u8(data + 16));
+    return {{vuzp1q_u16(low, high), vuzp2q_u16(low, high)}};
+}
+
+// Of four nibbles in every lane, a vector for each.
+GOSLET_INLINE void split_nibbles(uint16x8_t first, uint16x8_t second, Pairs* pairs) {
+    const uint16x8_t mask = vdupq_n_u16(0x000F);
+    pairs[0].first = vreinterpretq_s16_u16(vandq_u16(first, mask));
+    pairs[0].second = vreinterpretq_s16_u16(vandq_u16(second, mask));
+    pairs[1].first = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(first, 4), mask));
+    pairs[1].second = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(second, 4), mask));
+    pairs[2].first = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(first, 8), mask));
+    pairs[2].second = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(second, 8), mask));
+    pairs[3].first = vreinterpretq_s16_u16(vshrq_n_u16(first, 12));
+    pairs[3].second = vreinterpretq_s16_u16(vshrq_n_u16(second, 12));
+}
+
+struct Int4Tile {
+    static constexpr std::size_t kPairs = 4;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        const uint16x8x2_t inputs = load_halves(data);
+        split_nibbles(inputs.val[0], inputs.val[1], pairs);
+    }
+};
+
+struct Int8Columns {
+    static constexpr std::size_t kPairs = 1;
+    static constexpr std::size_t kBytes = 8;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        pairs[0] = {vmovl_s8(load_bytes(first)), vmovl_s8(load_bytes(second))};
+    }
+};
+
+struct Int4Columns {
+    static constexpr std::size_t kPairs = 8;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
+        const uint16x8x2_t x1 = load_halves(first);
+        const uint16x8x2_t x2 = load_halves(second);
+        split_nibbles(x1.val[0], x2.val[0], pairs);
+        split_nibbles(x1.val[1], x2.val[1], pairs + 4);
+    }
+};
+
+GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+    const I32x8 wide = to_i32(a);
+    vst1q_s16(x, vcombine_s16(vqmovn_s32(wide.low), vqmovn_s32(wide.high)));
+}
+
+}  // namespace
+}  // namespace goslet

@@ -1,0 +1,220 @@
+// simd.h in the vector types that GCC and Clang have for every CPU.
+
+namespace goslet {
+namespace {
+
+// Four lanes, because every common CPU has registers of 16 bytes and wider ones would change the calling convention.
+typedef float Float4 __attribute__((vector_size(16)));
+typedef std::int32_t Int4 __attribute__((vector_size(16)));
+typedef std::uint32_t Unsigned4 __attribute__((vector_size(16)));
+
+struct F32x8 {
+    Float4 low, high;
+};
+struct I32x8 {
+    Int4 low, high;
+};
+
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {a.low + b.low, a.high + b.high}; }
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {a.low - b.low, a.high - b.high}; }
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {a.low * b.low, a.high * b.high}; }
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {a.low / b.low, a.high / b.high}; }
+GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return a * b + c; }
+
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {a.low + b.low, a.high + b.high}; }
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {a.low - b.low, a.high - b.high}; }
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {a.low & b.low, a.high & b.high}; }
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {a.low | b.low, a.high | b.high}; }
+template <int n>
+GOSLET_INLINE I32x8 shift_left(I32x8 a) {
+    return {(Int4)((Unsigned4)a.low << n), (Int4)((Unsigned4)a.high << n)};
+}
+template <int n>
+GOSLET_INLINE I32x8 shift_right(I32x8 a) {
+    return {(Int4)((Unsigned4)a.low >> n), (Int4)((Unsigned4)a.high >> n)};
+}
+
+GOSLET_INLINE F32x8 broadcast(float x) {
+    const Float4 four = {x, x, x, x};
+    return {four, four};
+}
+GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) {
+    const Int4 four = {x, x, x, x};
+    return {four, four};
+}
+GOSLET_INLINE F32x8 zero() { return broadcast(0.0f); }
+GOSLET_INLINE I32x8 zero_i32() { return broadcast_i32(0); }
+GOSLET_INLINE F32x8 load(const float* x) {
+    F32x8 a;
+    std::memcpy(&a, x, sizeof a);
+    return a;
+}
+GOSLET_INLINE void store(float* x, F32x8 a) { std::memcpy(x, &a, sizeof a); }
+GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
+    I32x8 a;
+    std::memcpy(&a, x, sizeof a);
+    return a;
+}
+GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) { std::memcpy(x, &a, sizeof a); }
+GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) {
+    float lanes[8] = {};
+    std::memcpy(lanes, x, n * sizeof(float));
+    return load(lanes);
+}
+GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) { std::memcpy(x, &a, n * sizeof(float)); }
+
+GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {(Int4)a.low, (Int4)a.high}; }
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {(Float4)a.low, (Float4)a.high}; }
+GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) { return {(Int4)(a.low < b.low), (Int4)(a.high < b.high)}; }
+GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
+    const I32x8 other = {~mask.low, ~mask.high};
+    return f32_of_bits((bits_of(a) & mask) | (bits_of(b) & other));
+}
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return select(less(a, b), a, b); }
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return select(less(b, a), a, b); }
+GOSLET_INLINE F32x8 abs(F32x8 a) { return f32_of_bits(bits_of(a) & broadcast_i32(0x7FFFFFFF)); }
+
+GOSLET_INLINE F32x8 to_f32(I32x8 a) {
+    return {__builtin_convertvector(a.low, Float4), __builtin_convertvector(a.high, Float4)};
+}
+// Adding 1.5 · 2^23 leaves no bits for a fraction, and the sum's rounding is the rounding wanted.
+GOSLET_INLINE I32x8 to_i32(F32x8 a) {
+    return bits_of(a + broadcast(12582912.0f)) - bits_of(broadcast(12582912.0f));
+}
+GOSLET_INLINE F32x8 round_even(F32x8 a) {
+    return select(less(abs(a), broadcast(4194304.0f)), to_f32(to_i32(a)), a);
+}
+GOSLET_INLINE F32x8 floor(F32x8 a) {
+    const F32x8 nearest = round_even(a);
+    return nearest - f32_of_bits(less(a, nearest) & bits_of(broadcast(1.0f)));
+}
+
+GOSLET_INLINE float sum(F32x8 a) {
+    const Float4 x = a.low + a.high;
+    return (x[0] + x[2]) + (x[1] + x[3]);
+}
+GOSLET_INLINE float largest(F32x8 a) {
+    const F32x8 x = max(a, {a.high, a.low});
+    const float even = x.low[0] > x.low[2] ? x.low[0] : x.low[2];
+    const float odd = x.low[1] > x.low[3] ? x.low[1] : x.low[3];
+    return even > odd ? even : odd;
+}
+
+GOSLET_INLINE I32x8 load_u16(const void* x) {
+    std::uint16_t narrow[8];
+    std::memcpy(narrow, x, sizeof narrow);
+    const Int4 low = {narrow[0], narrow[1], narrow[2], narrow[3]};
+    const Int4 high = {narrow[4], narrow[5], narrow[6], narrow[7]};
+    return {low, high};
+}
+GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const F16* x) {
+    const I32x8 half = load_u16(x);
+    const I32x8 magnitude = shift_left<13>(half & broadcast_i32(0x7FFF));
+    // The exponents' biases differ by 112; the product also makes a subnormal half a normal float.
+    const F32x8 finite = f32_of_bits(magnitude) * f32_of_bits(broadcast_i32((127 + 112) << 23));
+    const I32x8 ordinary = less(finite, broadcast(65536.0f));
+    const F32x8 value = select(ordinary, finite, f32_of_bits(magnitude | broadcast_i32(0x7F800000)));
+    return f32_of_bits(bits_of(value) | shift_left<16>(half & broadcast_i32(0x8000)));
+}
+GOSLET_INLINE F32x8 load_weights(const Bf16* x) { return f32_of_bits(shift_left<16>(load_u16(x))); }
+
+struct Pairs {
+    I32x8 v;  // 16-bit lane 2 · output + input
+};
+struct InputPair {
+    Int4 v;
+};
+GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+    std::int32_t both;
+    std::memcpy(&both, x, sizeof both);
+    return {broadcast_i32(both).low};
+}
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return *x; }
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { *x = a; }
+
+GOSLET_INLINE Int4 dot(Int4 sum, Int4 weights, Int4 x) {
+#ifdef __SSE2__
+    return sum + (Int4)_mm_madd_epi16((__m128i)weights, (__m128i)x);
+#else
+    return sum + ((Int4)((Unsigned4)weights << 16) >> 16) * ((Int4)((Unsigned4)x << 16) >> 16) +
+           (weights >> 16) * (x >> 16);
+#endif
+}
+GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
+    return {dot(sum.low, weights.v.low, x.v), dot(sum.high, weights.v.high, x.v)};
+}
+
+GOSLET_INLINE Pairs pairs_of(const std::int16_t* lanes) {
+    Pairs pairs;
+    std::memcpy(&pairs, lanes, sizeof pairs);
+    return pairs;
+}
+
+struct Int8Tile {
+    static constexpr std::size_t kPairs = 1;
+    static constexpr std::size_t kBytes = 16;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        std::int16_t lanes[16];
+        for (std::size_t i = 0; i < 16; ++i) {
+            lanes[i] = static_cast<std::int8_t>(data[i]);
+        }
+        pairs[0] = pairs_of(lanes);
+    }
+};
+
+// Of four nibbles in every 16-bit lane, a vector for each.
+GOSLET_INLINE void split_nibbles(I32x8 x, Pairs* pairs) {
+    const I32x8 mask = broadcast_i32(0x000F000F);
+    pairs[0] = {x & mask};
+    pairs[1] = {shift_right<4>(x) & mask};
+    pairs[2] = {shift_right<8>(x) & mask};
+    pairs[3] = {shift_right<12>(x) & mask};
+}
+
+struct Int4Tile {
+    static constexpr std::size_t kPairs = 4;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
+        I32x8 x;
+        std::memcpy(&x, data, sizeof x);
+        split_nibbles(x, pairs);
+    }
+};
+
+struct Int8Columns {
+    static constexpr std::size_t kPairs = 1;
+    static constexpr std::size_t kBytes = 8;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        std::int16_t lanes[16];
+        for (std::size_t i = 0; i < 8; ++i) {
+            lanes[2 * i] = static_cast<std::int8_t>(first[i]);
+            lanes[2 * i + 1] = static_cast<std::int8_t>(second[i]);
+        }
+        pairs[0] = pairs_of(lanes);
+    }
+};
+
+struct Int4Columns {
+    static constexpr std::size_t kPairs = 8;
+    static constexpr std::size_t kBytes = 32;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+        I32x8 x1, x2;
+        std::memcpy(&x1, first, sizeof x1);
+        std::memcpy(&x2, second, sizeof x2);
+        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
+        split_nibbles((x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2), pairs);
+        split_nibbles(shift_right<16>(x1) | (x2 & broadcast_i32(-0x10000)), pairs + 4);
+    }
+};
+
+GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+    const I32x8 wide = to_i32(a);
+    for (std::size_t i = 0; i < 4; ++i) {
+        x[i] = static_cast<std::int16_t>(wide.low[i]);
+        x[4 + i] = static_cast<std::int16_t>(wide.high[i]);
+    }
+}
+
+}  // namespace
+}  // namespace goslet

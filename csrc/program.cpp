@@ -1,0 +1,407 @@
+#include "program.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "embedding.h"
+#include "json.h"
+
+namespace goslet {
+namespace {
+
+constexpr std::int64_t kVersion = 1;
+constexpr std::size_t kMaxRegisters = 256;
+constexpr std::size_t kMaxSteps = std::size_t{1} << 16;
+constexpr std::size_t kMaxRegisterSize = std::size_t{1} << 20;
+// All registers together: far more than any model's, and few enough to be allocated.
+constexpr std::size_t kMaxRegisterTotal = std::size_t{1} << 22;
+constexpr std::size_t kMaxTensorElements = std::size_t{1} << 40;
+// Below this the kernel keeps a head's vectors on the stack.
+constexpr std::size_t kMaxHeadSize = 256;
+constexpr const char* kEmbedding = "emb.weight";
+
+std::string shape_text(const std::vector<std::size_t>& shape) {
+    std::string text = "[";
+    for (const std::size_t size : shape) {
+        text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    }
+    return text + "]";
+}
+
+class Loader {
+  public:
+    explicit Loader(const EngineParts& parts) : parts_(parts) {
+        for (const TensorView& tensor : parts.tensors) {
+            check_tensor(tensor);
+            if (!tensors_.emplace(tensor.name, &tensor).second) {
+                throw EngineError("a tensor appears twice", tensor.name);
+            }
+        }
+        for (std::size_t index = 0; index < parts.state.size(); ++index) {
+            if (!states_.emplace(parts.state[index].name, index).second) {
+                throw EngineError("a state tensor appears twice", parts.state[index].name);
+            }
+        }
+    }
+
+    Program load() {
+        const Json root = Json::parse(parts_.program);
+        const std::int64_t version = root.need("version", "program").integer("program.version");
+        if (version != kVersion) {
+            throw EngineError("is of another version", "program.version", std::to_string(kVersion),
+                              std::to_string(version));
+        }
+        read_registers(root.need("registers", "program"));
+        program_.input = register_of(root, "input", "program", parts_.n_embd);
+        const TensorView& embedding = tensor(kEmbedding, "embedding", {parts_.vocab_size, parts_.n_embd});
+        if (embedding.layout != TensorLayout::kRows) {
+            throw EngineError("is not stored in rows", kEmbedding);
+        }
+        program_.embedding = embedding;
+        const std::vector<Json>& steps = root.need("steps", "program").array("program.steps");
+        if (steps.size() > kMaxSteps) {
+            throw EngineError("has too many steps", "program.steps", "at most " + std::to_string(kMaxSteps),
+                              std::to_string(steps.size()));
+        }
+        for (std::size_t index = 0; index < steps.size(); ++index) {
+            const std::string place = "program.steps[" + std::to_string(index) + "]";
+            const bool is_last = index + 1 == steps.size();
+            program_.steps.push_back(read_step(steps[index], place, is_last));
+        }
+        if (steps.empty()) {
+            throw EngineError("has no steps", "program.steps");
+        }
+        for (const auto& [name, index] : states_) {
+            if (used_states_.count(index) == 0) {
+                throw EngineError("no step moves a tensor of the state on", name);
+            }
+        }
+        return std::move(program_);
+    }
+
+  private:
+    static void check_tensor(const TensorView& tensor) {
+        std::size_t elements = 1;
+        for (const std::size_t size : tensor.shape) {
+            if (size == 0 || size > kMaxTensorElements / elements) {
+                throw EngineError("has an impossible shape", tensor.name, "", shape_text(tensor.shape));
+            }
+            elements *= size;
+        }
+        if (tensor.shape.empty()) {
+            throw EngineError("has no shape", tensor.name);
+        }
+        const bool integer = is_integer(tensor.format);
+        const bool has_group = tensor.group == 32 || tensor.group == 64 || tensor.group == 128;
+        if (integer ? !has_group : tensor.group != 0) {
+            throw EngineError("has an unknown group", tensor.name, integer ? "32, 64 or 128" : "none",
+                              std::to_string(tensor.group));
+        }
+        std::size_t data_bytes = 0;
+        std::size_t scales_bytes = 0;
+        if (tensor.layout == TensorLayout::kRows) {
+            data_bytes = rows_data_bytes(tensor.format, tensor.shape);
+            scales_bytes = rows_scales_bytes(tensor.group, tensor.shape);
+        } else {
+            if (tensor.shape.size() != 2) {
+                throw EngineError("is packed but not a matrix", tensor.name, "2 axes", shape_text(tensor.shape));
+            }
+            const Matrix matrix = view(tensor);
+            data_bytes = matrix.data_bytes();
+            scales_bytes = matrix.scales_bytes();
+        }
+        if (tensor.data_bytes != data_bytes || tensor.scales_bytes != scales_bytes) {
+            throw EngineError("has a wrong length", tensor.name,
+                              std::to_string(data_bytes) + " and " + std::to_string(scales_bytes) + " bytes",
+                              std::to_string(tensor.data_bytes) + " and " + std::to_string(tensor.scales_bytes));
+        }
+    }
+
+    static Matrix view(const TensorView& tensor) {
+        return {tensor.format,
+                tensor.layout == TensorLayout::kColumns ? Layout::kColumns : Layout::kTiles,
+                tensor.group,
+                tensor.shape[0],
+                tensor.shape[1],
+                tensor.data,
+                reinterpret_cast<const std::uint16_t*>(tensor.scales)};
+    }
+
+    void read_registers(const Json& json) {
+        const auto& members = json.object("program.registers");
+        std::size_t total = 0;
+        if (members.size() > kMaxRegisters) {
+            throw EngineError("has too many registers", "program.registers", std::to_string(kMaxRegisters),
+                              std::to_string(members.size()));
+        }
+        for (const auto& [name, value] : members) {
+            const std::string place = "program.registers." + name;
+            const std::int64_t size = value.integer(place);
+            if (size < 1 || size > static_cast<std::int64_t>(kMaxRegisterSize)) {
+                throw EngineError("is out of range", place, "1 to " + std::to_string(kMaxRegisterSize),
+                                  std::to_string(size));
+            }
+            total += static_cast<std::size_t>(size);
+            if (total > kMaxRegisterTotal) {
+                throw EngineError("ask for too much memory", "program.registers",
+                                  "at most " + std::to_string(kMaxRegisterTotal) + " numbers", "");
+            }
+            registers_.emplace(name, make_register(static_cast<std::size_t>(size), program_.needs));
+        }
+    }
+
+    const Register& register_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
+        const std::string at = place + "." + std::string(key);
+        const std::string& name = step.need(key, place).text(at);
+        const auto found = registers_.find(name);
+        if (found == registers_.end()) {
+            throw EngineError("is not a register", at, "", name);
+        }
+        if (found->second.size != size) {
+            throw EngineError("a register has the wrong size", at, std::to_string(size),
+                              name + " of " + std::to_string(found->second.size));
+        }
+        return found->second;
+    }
+
+    const TensorView& tensor(const std::string& name, const std::string& place, const std::vector<std::size_t>& shape) {
+        const auto found = tensors_.find(name);
+        if (found == tensors_.end()) {
+            throw EngineError("a tensor is missing", place, name, "nothing");
+        }
+        if (found->second->shape != shape) {
+            throw EngineError("a tensor has the wrong shape", place + ": " + name, shape_text(shape),
+                              shape_text(found->second->shape));
+        }
+        return *found->second;
+    }
+
+    // A vector of `size` numbers as float32, decoded once however many steps read it.
+    const float* vector(const std::string& name, const std::string& place, std::size_t size) {
+        const TensorView& stored = tensor(name, place, {size});
+        if (stored.layout != TensorLayout::kRows) {
+            throw EngineError("is not stored in rows", place + ": " + name);
+        }
+        const auto known = vectors_.find(name);
+        if (known != vectors_.end()) {
+            return known->second;
+        }
+        AlignedArray<float> values(size);
+        decode_row(stored, 0, values.get());
+        program_.vectors.push_back(std::move(values));
+        const float* const data = program_.vectors.back().get();
+        vectors_.emplace(name, data);
+        return data;
+    }
+
+    const float* vector_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
+        const std::string at = place + "." + std::string(key);
+        return vector(step.need(key, place).text(at), at, size);
+    }
+
+    Norm norm_of(const Json& step, const std::string& place, std::size_t size) {
+        const std::string& name = step.need("norm", place).text(place + ".norm");
+        const double eps = step.need("eps", place).number(place + ".eps");
+        if (!(eps > 0 && std::isfinite(eps))) {
+            throw EngineError("is not a positive number", place + ".eps", "", std::to_string(eps));
+        }
+        return {vector(name + ".weight", place + ".norm", size), vector(name + ".bias", place + ".norm", size),
+                static_cast<float>(eps)};
+    }
+
+    std::size_t state_of(const Json& step, std::string_view key, const std::string& place,
+                         const std::vector<std::size_t>& shape) {
+        const std::string at = place + "." + std::string(key);
+        const std::string& name = step.need(key, place).text(at);
+        const auto found = states_.find(name);
+        if (found == states_.end()) {
+            throw EngineError("a tensor of the state is missing", at, name, "nothing");
+        }
+        const std::vector<std::size_t>& real = parts_.state[found->second].layout.shape;
+        if (real != shape) {
+            throw EngineError("a tensor of the state has the wrong shape", at + ": " + name, shape_text(shape),
+                              shape_text(real));
+        }
+        if (!used_states_.emplace(found->second, true).second) {
+            throw EngineError("a tensor of the state is moved on twice", at, "", name);
+        }
+        return found->second;
+    }
+
+    std::size_t size_of(const Json& step, std::string_view key, const std::string& place) {
+        const std::string at = place + "." + std::string(key);
+        const auto found = registers_.find(step.need(key, place).text(at));
+        if (found == registers_.end()) {
+            throw EngineError("is not a register", at, "", step.need(key, place).text(at));
+        }
+        return found->second.size;
+    }
+
+    Matrix matrix_of(const Json& step, const std::string& place, std::size_t n_out, std::size_t n_in) {
+        const std::string& name = step.need("weight", place).text(place + ".weight");
+        const TensorView& stored = tensor(name, place + ".weight", {n_out, n_in});
+        if (stored.layout == TensorLayout::kRows) {
+            throw EngineError("a matrix is not packed", place + ".weight", "tiles or columns", name + " in rows");
+        }
+        return view(stored);
+    }
+
+    std::unique_ptr<Step> read_step(const Json& step, const std::string& place, bool is_last) {
+        const std::string& op = step.need("op", place).text(place + ".op");
+        if ((op == "logits") != is_last) {
+            throw EngineError("logits come last, and nothing else", place + ".op", is_last ? "logits" : "another op",
+                              op);
+        }
+        if (op == "norm_shift") {
+            return read_norm_shift(step, place);
+        }
+        if (op == "linear") {
+            return read_linear(step, place);
+        }
+        if (op == "wkv7") {
+            return read_wkv7(step, place);
+        }
+        if (op == "logits") {
+            return read_logits(step, place);
+        }
+        throw EngineError("is an op that this goslet does not know", place + ".op", "norm_shift, linear, wkv7, logits",
+                          op);
+    }
+
+    // x, norm, eps, shift; mixes: [{mix, out}, …]
+    std::unique_ptr<Step> read_norm_shift(const Json& step, const std::string& place) {
+        const std::size_t size = size_of(step, "x", place);
+        const Register& x = register_of(step, "x", place, size);
+        std::vector<NormShift::Mix> mixes;
+        const std::vector<Json>& items = step.need("mixes", place).array(place + ".mixes");
+        for (std::size_t index = 0; index < items.size(); ++index) {
+            const std::string at = place + ".mixes[" + std::to_string(index) + "]";
+            const Register& out = register_of(items[index], "out", at, size);
+            if (out.offset == x.offset) {
+                throw EngineError("a mix would overwrite what is mixed", at + ".out");
+            }
+            mixes.push_back({vector_of(items[index], "mix", at, size), out});
+        }
+        return std::make_unique<NormShift>(x, norm_of(step, place, size), state_of(step, "shift", place, {size}),
+                                           std::move(mixes), program_.needs);
+    }
+
+    // products: [{weight, x, out, bias: tensor or null, activation, add}, …]
+    std::unique_ptr<Step> read_linear(const Json& step, const std::string& place) {
+        std::vector<Linear::Product> products;
+        const std::vector<Json>& items = step.need("products", place).array(place + ".products");
+        for (std::size_t index = 0; index < items.size(); ++index) {
+            const Json& item = items[index];
+            const std::string at = place + ".products[" + std::to_string(index) + "]";
+            const std::size_t n_in = size_of(item, "x", at);
+            const std::size_t n_out = size_of(item, "out", at);
+            Linear::Product product{};
+            product.matrix = matrix_of(item, at, n_out, n_in);
+            product.x = register_of(item, "x", at, n_in);
+            product.out = register_of(item, "out", at, n_out);
+            product.bias = item.need("bias", at).is_null() ? nullptr : vector_of(item, "bias", at, n_out);
+            product.activation = activation_of(item, at);
+            product.add = item.need("add", at).boolean(at + ".add");
+            products.push_back(product);
+        }
+        if (products.empty()) {
+            throw EngineError("has no products", place + ".products");
+        }
+        std::size_t n_added = 0;
+        for (const Linear::Product& product : products) {
+            n_added += product.add ? 1 : 0;
+            for (const Linear::Product& other : products) {
+                if (product.out.offset == other.x.offset ||
+                    (&product != &other && product.out.offset == other.out.offset)) {
+                    throw EngineError("products of one step touch each other's registers", place + ".products");
+                }
+            }
+        }
+        if (n_added > 1) {
+            throw EngineError("only one product of a step can be added", place + ".products");
+        }
+        return std::make_unique<Linear>(std::move(products), program_.needs);
+    }
+
+    static Activation activation_of(const Json& item, const std::string& place) {
+        static constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::kNone},
+                                                                        {"tanh", Activation::kTanh},
+                                                                        {"sigmoid", Activation::kSigmoid},
+                                                                        {"relu_squared", Activation::kReluSquared},
+                                                                        {"decay", Activation::kDecay}};
+        const std::string& name = item.need("activation", place).text(place + ".activation");
+        for (const auto& [known, activation] : kNames) {
+            if (name == known) {
+                return activation;
+            }
+        }
+        throw EngineError("is not an activation", place + ".activation", "none, tanh, sigmoid, relu_squared, decay",
+                          name);
+    }
+
+    // r, w, k, v, a, g, first_value, out; value_mix: register or null in layer 0; state; k_k, k_a, r_k, norm, eps
+    std::unique_ptr<Step> read_wkv7(const Json& step, const std::string& place) {
+        const std::size_t size = size_of(step, "r", place);
+        const std::int64_t head_size = step.need("head_size", place).integer(place + ".head_size");
+        if (head_size < 1 || head_size > static_cast<std::int64_t>(kMaxHeadSize) ||
+            size % static_cast<std::size_t>(head_size) != 0) {
+            throw EngineError("is not a size of heads", place + ".head_size",
+                              "a divisor of " + std::to_string(size) + " up to " + std::to_string(kMaxHeadSize),
+                              std::to_string(head_size));
+        }
+        const auto n = static_cast<std::size_t>(head_size);
+        Wkv7::Inputs in{};
+        in.r = register_of(step, "r", place, size);
+        in.w = register_of(step, "w", place, size);
+        in.k = register_of(step, "k", place, size);
+        in.v = register_of(step, "v", place, size);
+        in.a = register_of(step, "a", place, size);
+        in.g = register_of(step, "g", place, size);
+        in.first_value = register_of(step, "first_value", place, size);
+        in.out = register_of(step, "out", place, size);
+        in.is_first = step.need("value_mix", place).is_null();
+        in.value_mix = in.is_first ? in.first_value : register_of(step, "value_mix", place, size);
+        for (const Register* input : {&in.r, &in.w, &in.k, &in.v, &in.a, &in.g, &in.first_value, &in.value_mix}) {
+            if (input->offset == in.out.offset) {
+                throw EngineError("would overwrite what it reads", place + ".out");
+            }
+        }
+        in.k_k = vector_of(step, "k_k", place, size);
+        in.k_a = vector_of(step, "k_a", place, size);
+        in.r_k = vector_of(step, "r_k", place, size);
+        in.norm = norm_of(step, place, size);
+        return std::make_unique<Wkv7>(in, state_of(step, "state", place, {size / n, n, n}), size / n, n);
+    }
+
+    // x, norm, eps, weight
+    std::unique_ptr<Step> read_logits(const Json& step, const std::string& place) {
+        const std::size_t size = size_of(step, "x", place);
+        const Register& x = register_of(step, "x", place, size);
+        return std::make_unique<Logits>(x, norm_of(step, place, size), matrix_of(step, place, parts_.vocab_size, size),
+                                        program_.needs);
+    }
+
+    const EngineParts& parts_;
+    Program program_{};
+    std::unordered_map<std::string, const TensorView*> tensors_;
+    std::unordered_map<std::string, std::size_t> states_;
+    std::unordered_map<std::size_t, bool> used_states_;
+    std::unordered_map<std::string, Register> registers_;
+    std::unordered_map<std::string, const float*> vectors_;
+};
+
+}  // namespace
+
+Program load_program(const EngineParts& parts) {
+    try {
+        return Loader(parts).load();
+    } catch (const JsonError& error) {
+        throw EngineError(error.what(), "section program");
+    }
+}
+
+}  // namespace goslet

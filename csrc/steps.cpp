@@ -1,0 +1,367 @@
+#include "steps.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace goslet {
+namespace {
+
+// Numbers of a cache line, so that threads that share a row's columns do not write into one line.
+constexpr std::size_t kLine = 16;
+
+struct Columns {
+    std::size_t begin;
+    std::size_t end;
+};
+
+Columns columns_of(const ThreadPool::Member& member, std::size_t size) {
+    const std::size_t share = round_up((size + member.n_threads() - 1) / member.n_threads(), kLine);
+    const std::size_t begin = std::min(size, member.index() * share);
+    return {begin, std::min(size, begin + share)};
+}
+
+// One input's packed rows.
+struct PackedInput {
+    std::int16_t* integers;
+    float* scales;
+    std::int32_t* sums;
+};
+
+PackedInput packed_input(const Workspace::Packed& packed, std::size_t offset, std::size_t group_offset) {
+    return {packed.integers + offset * packed.capacity, packed.scales + group_offset * packed.capacity,
+            packed.sums + group_offset * packed.capacity};
+}
+
+// Integers of a packed row: whole groups.
+std::size_t packed_size(const Matrix& matrix) {
+    return matrix.n_groups() * matrix.group;
+}
+
+}  // namespace
+
+Register make_register(std::size_t size, Needs& needs) {
+    const Register place{size, round_up(size, kColumnsBlock), needs.floats};
+    needs.floats += place.stride * kMaxRows;
+    return place;
+}
+
+Workspace::Workspace(const Needs& needs, std::size_t n_threads)
+    : thread_stride_(round_up(needs.thread_floats, kLine)),
+      packed_stride_(round_up(needs.packed, 2 * kLine)),
+      groups_stride_(round_up(needs.packed_groups, kLine)),
+      floats_(needs.floats),
+      thread_floats_(thread_stride_ * n_threads),
+      integers_(packed_stride_ * (kMaxRows + n_threads)),
+      scales_(groups_stride_ * (kMaxRows + n_threads)),
+      sums_(groups_stride_ * (kMaxRows + n_threads)) {}
+
+Workspace::Packed Workspace::packed_at(std::size_t row, std::size_t capacity) const {
+    return {capacity, integers_.get() + row * packed_stride_, scales_.get() + row * groups_stride_,
+            sums_.get() + row * groups_stride_};
+}
+
+// ---------------------------------------------------------------------------------------------------------- NormShift
+
+NormShift::NormShift(Register x, Norm norm, std::size_t shift_tensor, std::vector<Mix> mixes, Needs& needs)
+    : x_(x), norm_(norm), shift_tensor_(shift_tensor), mixes_(std::move(mixes)), normed_(make_register(x.size, needs)) {
+    needs.thread_floats = std::max(needs.thread_floats, x.size);
+}
+
+void NormShift::run(Pass& pass, ThreadPool::Member& member) const {
+    const Kernels& kernels = pass.kernels;
+    const Workspace& space = pass.workspace;
+    const std::size_t size = x_.size;
+    if (pass.n_rows == 1) {
+        // Every thread norms the one row for itself: that takes less time than waiting for another to do it.
+        float* const h = space.thread_floats(member.index());
+        kernels.layer_norm(space.row(x_, 0), norm_.weight, norm_.bias, norm_.eps, size, h);
+        const auto [begin, end] = columns_of(member, size);
+        if (begin < end) {
+            float* const shift = pass.spans[0].state->tensor(shift_tensor_);
+            for (const Mix& mix : mixes_) {
+                kernels.lerp(h + begin, shift + begin, mix.mix + begin, end - begin, space.row(mix.out, 0) + begin);
+            }
+            std::copy(h + begin, h + end, shift + begin);
+        }
+        member.sync();
+        return;
+    }
+    std::size_t begin = 0;
+    std::size_t end = 0;
+    for (member.claim(pass.n_rows, 1, begin, end); begin < end; member.claim(pass.n_rows, 1, begin, end)) {
+        for (std::size_t row = begin; row < end; ++row) {
+            kernels.layer_norm(space.row(x_, row), norm_.weight, norm_.bias, norm_.eps, size, space.row(normed_, row));
+        }
+    }
+    member.sync();
+    const std::size_t n_spans = pass.spans.size();
+    // A span is one piece of work, or as many as it has rows where it is alone.
+    const bool alone = n_spans == 1;
+    const std::size_t n_units = alone ? pass.n_rows : n_spans;
+    for (member.claim(n_units, 1, begin, end); begin < end; member.claim(n_units, 1, begin, end)) {
+        for (std::size_t unit = begin; unit < end; ++unit) {
+            const Span& span = pass.spans[alone ? 0 : unit];
+            float* const shift = span.state->tensor(shift_tensor_);
+            const std::size_t first = alone ? unit : span.first_row;
+            const std::size_t last = alone ? unit + 1 : span.first_row + span.n_rows;
+            for (std::size_t row = first; row < last; ++row) {
+                const bool is_first = row == span.first_row;
+                const float* const previous = is_first ? shift : space.row(normed_, row - 1);
+                for (const Mix& mix : mixes_) {
+                    kernels.lerp(space.row(normed_, row), previous, mix.mix, size, space.row(mix.out, row));
+                }
+                // Only a span's first row reads the shift, so it may be replaced right behind.
+                if (is_first) {
+                    const float* const newest = space.row(normed_, span.first_row + span.n_rows - 1);
+                    std::copy(newest, newest + size, shift);
+                }
+            }
+        }
+    }
+    member.sync();
+}
+
+// ------------------------------------------------------------------------------------------------------------- Linear
+
+Linear::Linear(std::vector<Product> products, Needs& needs) : products_(std::move(products)) {
+    std::size_t sum_size = 0;
+    std::size_t packed = 0;
+    std::size_t groups = 0;
+    for (const Product& product : products_) {
+        const Matrix& matrix = product.matrix;
+        n_units_ += matrix.n_units();
+        has_columns_ = has_columns_ || matrix.layout == Layout::kColumns;
+        if (product.add) {
+            sum_size = std::max(sum_size, product.out.size);
+        }
+        if (!is_integer(matrix.format)) {
+            product_inputs_.push_back(0);
+            continue;
+        }
+        const auto same = std::find_if(inputs_.begin(), inputs_.end(), [&](const Input& input) {
+            return input.x.offset == product.x.offset && input.group == matrix.group;
+        });
+        product_inputs_.push_back(static_cast<std::size_t>(same - inputs_.begin()));
+        if (same == inputs_.end()) {
+            const std::size_t stride = packed_size(matrix);
+            inputs_.push_back({product.x, matrix.n_in, matrix.group, stride, matrix.n_groups(), packed, groups});
+            packed += stride;
+            groups += matrix.n_groups();
+        }
+    }
+    needs.packed = std::max(needs.packed, packed);
+    needs.packed_groups = std::max(needs.packed_groups, groups);
+    if (sum_size != 0) {
+        sum_ = make_register(sum_size, needs);
+    }
+}
+
+void Linear::run(Pass& pass, ThreadPool::Member& member) const {
+    const Workspace& space = pass.workspace;
+    const bool single = pass.n_rows == 1;
+    const Workspace::Packed packed = single ? space.thread_packed(member.index()) : space.shared_packed();
+    std::size_t begin = 0;
+    std::size_t end = 0;
+    const auto pack = [&](const Input& input, std::size_t row) {
+        const PackedInput into = packed_input(packed, input.offset, input.group_offset);
+        pass.kernels.pack(space.row(input.x, row), input.n_in, input.group, into.integers + row * input.stride,
+                          into.scales + row * input.n_groups, into.sums + row * input.n_groups);
+    };
+    if (single) {
+        // As with norms: packing a row takes less time than waiting for it.
+        for (const Input& input : inputs_) {
+            pack(input, 0);
+        }
+        if (has_columns_ && member.index() == 0) {
+            count_zeros(pass, packed);
+        }
+    } else if (!inputs_.empty()) {
+        const std::size_t n_packs = inputs_.size() * pass.n_rows;
+        for (member.claim(n_packs, 4, begin, end); begin < end; member.claim(n_packs, 4, begin, end)) {
+            for (std::size_t unit = begin; unit < end; ++unit) {
+                pack(inputs_[unit / pass.n_rows], unit % pass.n_rows);
+            }
+        }
+        member.sync();
+    }
+    // A matrix in columns is read in rows as wide as a thread's share: so every thread takes one share of it.
+    const std::size_t least = has_columns_ ? (n_units_ + member.n_threads() - 1) / member.n_threads() : 1;
+    for (member.claim(n_units_, least, begin, end); begin < end; member.claim(n_units_, least, begin, end)) {
+        std::size_t first = 0;  // unit of the whole step at which a product begins
+        for (std::size_t index = 0; index < products_.size() && first < end; ++index) {
+            const std::size_t past = first + products_[index].matrix.n_units();
+            if (past > begin) {
+                multiply(products_[index], product_inputs_[index], pass, packed, std::max(begin, first) - first,
+                         std::min(end, past) - first);
+            }
+            first = past;
+        }
+    }
+    member.sync();
+}
+
+void Linear::count_zeros(const Pass& pass, const Workspace::Packed& packed) const {
+    for (std::size_t index = 0; index < products_.size(); ++index) {
+        const Product& product = products_[index];
+        if (product.matrix.layout != Layout::kColumns) {
+            continue;
+        }
+        const std::size_t n_in = product.matrix.n_in;
+        std::ptrdiff_t zeros = 0;
+        if (is_integer(product.matrix.format)) {
+            const std::int16_t* const x = packed.integers + inputs_[product_inputs_[index]].offset;
+            zeros = std::count(x, x + n_in, std::int16_t{0});
+        } else {
+            const float* const x = pass.workspace.row(product.x, 0);
+            zeros = std::count(x, x + n_in, 0.0F);
+        }
+        pass.inputs_seen.fetch_add(n_in, std::memory_order_relaxed);
+        pass.inputs_active.fetch_add(n_in - static_cast<std::size_t>(zeros), std::memory_order_relaxed);
+    }
+}
+
+void Linear::multiply(const Product& product, std::size_t input, const Pass& pass, const Workspace::Packed& packed,
+                      std::size_t first_unit, std::size_t end_unit) const {
+    const Workspace& space = pass.workspace;
+    const Matrix& matrix = product.matrix;
+    Activations x{pass.n_rows, product.x.stride, nullptr, nullptr, nullptr, nullptr};
+    if (is_integer(matrix.format)) {
+        const Input& from = inputs_[input];
+        const PackedInput packed_x = packed_input(packed, from.offset, from.group_offset);
+        x.stride = from.stride;
+        x.integers = packed_x.integers;
+        x.scales = packed_x.scales;
+        x.sums = packed_x.sums;
+    } else {
+        x.floats = space.row(product.x, 0);
+    }
+    const Register& target = product.add ? sum_ : product.out;
+    pass.kernels.multiply(matrix, x, first_unit, end_unit, space.row(target, 0), target.stride, pass.skip_zeros);
+    const std::size_t begin = first_unit * matrix.unit_outputs();
+    const std::size_t n_outputs = std::min(end_unit * matrix.unit_outputs(), matrix.n_out) - begin;
+    for (std::size_t row = 0; row < pass.n_rows; ++row) {
+        float* const y = space.row(target, row) + begin;
+        if (product.bias != nullptr || product.activation != Activation::kNone) {
+            pass.kernels.activate(product.activation, product.bias == nullptr ? nullptr : product.bias + begin,
+                                  n_outputs, y);
+        }
+        if (product.add) {
+            pass.kernels.add(y, n_outputs, space.row(product.out, row) + begin);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------- Wkv7
+
+Wkv7::Wkv7(Inputs inputs, std::size_t state_tensor, std::size_t n_head, std::size_t head_size)
+    : in_(inputs), state_tensor_(state_tensor), n_head_(n_head), head_size_(head_size) {}
+
+void Wkv7::run(Pass& pass, ThreadPool::Member& member) const {
+    const Workspace& space = pass.workspace;
+    const std::size_t n_units = pass.spans.size() * n_head_;
+    std::size_t begin = 0;
+    std::size_t end = 0;
+    for (member.claim(n_units, 1, begin, end); begin < end; member.claim(n_units, 1, begin, end)) {
+        for (std::size_t unit = begin; unit < end; ++unit) {
+            const Span& span = pass.spans[unit / n_head_];
+            const std::size_t head = unit % n_head_;
+            const std::size_t at = head * head_size_;
+            Wkv7Head args{};
+            args.head_size = head_size_;
+            args.k_k = in_.k_k + at;
+            args.k_a = in_.k_a + at;
+            args.r_k = in_.r_k + at;
+            args.norm_weight = in_.norm.weight + at;
+            args.norm_bias = in_.norm.bias + at;
+            args.norm_eps = in_.norm.eps;
+            args.state = span.state->tensor(state_tensor_) + at * head_size_;
+            for (std::size_t row = span.first_row; row < span.first_row + span.n_rows; ++row) {
+                args.r = space.row(in_.r, row) + at;
+                args.w = space.row(in_.w, row) + at;
+                args.k = space.row(in_.k, row) + at;
+                args.v = space.row(in_.v, row) + at;
+                args.a = space.row(in_.a, row) + at;
+                args.g = space.row(in_.g, row) + at;
+                args.value_mix = in_.is_first ? nullptr : space.row(in_.value_mix, row) + at;
+                args.first_value = space.row(in_.first_value, row) + at;
+                args.y = space.row(in_.out, row) + at;
+                pass.kernels.wkv7(args);
+            }
+        }
+    }
+    member.sync();
+}
+
+// ------------------------------------------------------------------------------------------------------------- Logits
+
+Logits::Logits(Register x, Norm norm, Matrix head, Needs& needs)
+    : x_(x), norm_(norm), head_(head), normed_(make_register(x.size, needs)) {
+    needs.thread_floats = std::max(needs.thread_floats, normed_.stride);
+    if (is_integer(head.format)) {
+        needs.packed = std::max(needs.packed, packed_size(head));
+        needs.packed_groups = std::max(needs.packed_groups, head.n_groups());
+    }
+}
+
+void Logits::run(Pass& pass, ThreadPool::Member& member) const {
+    const std::size_t n_rows = pass.output_rows.size();
+    if (n_rows == 0) {
+        return;
+    }
+    const Workspace& space = pass.workspace;
+    const bool packs = is_integer(head_.format);
+    const std::size_t stride = packs ? packed_size(head_) : normed_.stride;
+    const std::size_t n_groups = head_.n_groups();
+    const bool single = n_rows == 1;
+    const Workspace::Packed packed = single ? space.thread_packed(member.index()) : space.shared_packed();
+    float* const normed = single ? space.thread_floats(member.index()) : space.row(normed_, 0);
+    std::size_t begin = 0;
+    std::size_t end = 0;
+    const auto prepare = [&](std::size_t output) {
+        float* const h = normed + output * normed_.stride;
+        pass.kernels.layer_norm(space.row(x_, pass.output_rows[output]), norm_.weight, norm_.bias, norm_.eps, x_.size,
+                                h);
+        if (packs) {
+            pass.kernels.pack(h, head_.n_in, head_.group, packed.integers + output * stride,
+                              packed.scales + output * n_groups, packed.sums + output * n_groups);
+        }
+    };
+    if (single) {
+        std::fill(normed + x_.size, normed + normed_.stride, 0.0F);
+        prepare(0);
+    } else {
+        for (member.claim(n_rows, 1, begin, end); begin < end; member.claim(n_rows, 1, begin, end)) {
+            for (std::size_t output = begin; output < end; ++output) {
+                prepare(output);
+            }
+        }
+        member.sync();
+    }
+    const Activations x{n_rows, stride, packs ? nullptr : normed, packed.integers, packed.scales, packed.sums};
+    // One array takes them all where the rows lie evenly in it, as they do unless the caller scattered them.
+    const std::ptrdiff_t apart = single ? 0 : pass.logits[1] - pass.logits[0];
+    bool even = apart >= 0;
+    for (std::size_t output = 1; output < n_rows; ++output) {
+        even = even && pass.logits[output] - pass.logits[output - 1] == apart;
+    }
+    const std::size_t n_units = head_.n_units();
+    for (member.claim(n_units, 1, begin, end); begin < end; member.claim(n_units, 1, begin, end)) {
+        if (even) {
+            pass.kernels.multiply(head_, x, begin, end, pass.logits[0], static_cast<std::size_t>(apart),
+                                  pass.skip_zeros);
+            continue;
+        }
+        for (std::size_t output = 0; output < n_rows; ++output) {
+            Activations one = x;
+            one.n_rows = 1;
+            one.floats = packs ? nullptr : x.floats + output * stride;
+            one.integers += output * stride;
+            one.scales += output * n_groups;
+            one.sums += output * n_groups;
+            pass.kernels.multiply(head_, one, begin, end, pass.logits[output], 0, pass.skip_zeros);
+        }
+    }
+    member.sync();
+}
+
+}  // namespace goslet

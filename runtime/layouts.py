@@ -1,0 +1,262 @@
+"""How the numbers of a weight lie in an engine file: as plain rows, or packed for the native engine's kernels.
+
+- ``rows``: as `goslet.weights` stores them; the only layout of vectors.
+- ``tiles`` and ``columns``: padded and reordered as the top of ``csrc/kernels/matrix.h`` says; matrices only.
+
+Packing loses nothing: `unpack` gives back the bytes that `pack` was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError, QuantizationError
+from .weights import SCALE_BYTES, ByteArray, EncodedWeight, Float16Array, WeightFormat
+
+LAYOUTS = ("rows", "tiles", "columns")
+
+# kTileRows, kColumnsBlock and kColumnPadding of csrc/kernels/matrix.h.
+_UNIT_OUTPUTS = {"tiles": 8, "columns": 64}
+_COLUMN_PADDING = 32
+_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
+# What one output contributes to a tile at a time: a number, two of int8's, or eight of int4's.
+_TILE_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "int8": "<u2", "int4": "<u4"}
+_COLUMN_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "int8": "u1"}
+# Bytes of padded rows that are reordered at once: their temporaries stay in a core's cache.
+_BLOCK_BYTES = 1 << 18
+
+_Words = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight in one of the layouts.
+
+    Attributes:
+        format: how its numbers are stored.
+        layout: ``rows``, ``tiles`` or ``columns``.
+        shape: the tensor's shape without padding, [N, K] for a matrix.
+        data: uint8 [`layout_data_bytes`], contiguous.
+        scales: float16 [`layout_scales_bytes` / 2], contiguous; None without groups.
+
+    Raises:
+        QuantizationError: format or layout cannot hold the shape.
+        InputError: data or scales have not the size and type that follow.
+    """
+
+    format: WeightFormat
+    layout: str
+    shape: tuple[int, ...]
+    data: ByteArray
+    scales: Float16Array | None
+
+    def __post_init__(self) -> None:
+        n_data = layout_data_bytes(self.format, self.layout, self.shape)
+        n_scales = layout_scales_bytes(self.format, self.layout, self.shape) // SCALE_BYTES
+        _check_flat(self.data, np.uint8, n_data, "data")
+        if self.format.is_integer:
+            _check_flat(self.scales, np.float16, n_scales, "scales")
+        elif self.scales is not None:
+            raise InputError("has no scales", place=f"format {self.format}")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of data and scales, padding included."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+def _check_flat(array: Any, dtype: type, size: int, place: str) -> None:
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != dtype
+        or array.shape != (size,)
+        or not array.flags.c_contiguous
+    ):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        expected = f"contiguous {np.dtype(dtype).name} [{size}]"
+        raise InputError("is not the array that the layout needs", place=place, expected=expected, found=found)
+
+
+def check_layout(fmt: WeightFormat, layout: str, shape: Sequence[int], name: str) -> None:
+    """Refuse a shape that the format or the layout cannot hold.
+
+    Raises:
+        QuantizationError: there is no such layout, it holds only matrices, or `WeightFormat.check_shape` refuses.
+    """
+    fmt.check_shape(shape, name)
+    if layout not in LAYOUTS:
+        raise QuantizationError(
+            "is not a layout", place=name, expected=", ".join(LAYOUTS), found=f"layout {layout!r}"[:100]
+        )
+    if layout != "rows" and len(shape) != 2:
+        raise QuantizationError(
+            f"cannot be laid out in {layout}",
+            place=name,
+            expected="a matrix",
+            found=f"shape {list(shape)}",
+            remedy="lay it out in rows",
+        )
+
+
+def layout_data_bytes(fmt: WeightFormat, layout: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of `shape` in a layout, padding included, without its scales.
+
+    Raises:
+        QuantizationError: format or layout cannot hold the shape.
+    """
+    check_layout(fmt, layout, shape, "weight")
+    if layout == "rows":
+        return fmt.data_size_bytes(shape)
+    return _round_up(shape[0], _UNIT_OUTPUTS[layout]) * _padded_row_bytes(fmt, shape[1])
+
+
+def layout_scales_bytes(fmt: WeightFormat, layout: str, shape: Sequence[int]) -> int:
+    """Bytes of the scales of a tensor of `shape` in a layout, padding included; 0 without groups.
+
+    Raises:
+        QuantizationError: format or layout cannot hold the shape.
+    """
+    check_layout(fmt, layout, shape, "weight")
+    if layout == "rows" or not fmt.is_integer:
+        return fmt.scales_size_bytes(shape)
+    return SCALE_BYTES * _round_up(shape[0], _UNIT_OUTPUTS[layout]) * fmt.groups(shape[1])
+
+
+def pack(weight: EncodedWeight, layout: str) -> PackedWeight:
+    """A weight in a layout; ``rows`` shares the weight's memory.
+
+    Raises:
+        QuantizationError: the layout cannot hold the shape.
+    """
+    fmt, shape = weight.format, weight.shape
+    check_layout(fmt, layout, shape, "weight")
+    if layout == "rows":
+        scales = None if weight.scales is None else weight.scales.reshape(-1)
+        return PackedWeight(fmt, layout, shape, weight.data.reshape(-1), scales)
+    n_out = shape[0]
+    data = np.empty(layout_data_bytes(fmt, layout, shape), np.uint8)
+    stored = _view(data, fmt, layout, shape)
+    row_bytes, padded_row_bytes = weight.data.shape[1], _padded_row_bytes(fmt, shape[1])
+    for start, stop in _blocks(n_out, padded_row_bytes, layout):
+        rows = np.zeros((stop - start, padded_row_bytes), np.uint8)
+        kept = min(stop, n_out) - start
+        rows[:kept, :row_bytes] = weight.data[start : start + kept]
+        if fmt.name == "int4":
+            rows ^= np.uint8(0x88)
+        _store(stored, rows, start, fmt, layout)
+    if weight.scales is None:
+        return PackedWeight(fmt, layout, shape, data, None)
+    unit = _UNIT_OUTPUTS[layout]
+    padded = np.zeros((_round_up(n_out, unit), weight.scales.shape[1]), np.float16)
+    padded[:n_out] = weight.scales
+    laid = padded.reshape(-1, unit, padded.shape[1]).transpose(0, 2, 1) if layout == "tiles" else padded.T
+    return PackedWeight(fmt, layout, shape, data, np.ascontiguousarray(laid).reshape(-1))
+
+
+def unpack(packed: PackedWeight) -> EncodedWeight:
+    """The weight as plain rows, whatever the padding holds; shares memory only where the layout is ``rows``."""
+    fmt, shape, layout = packed.format, packed.shape, packed.layout
+    if layout == "rows":
+        scales = None if packed.scales is None else packed.scales.reshape(shape[0], -1)
+        return EncodedWeight(fmt, shape, packed.data.reshape(*shape[:-1], -1), scales)
+    n_out, n_in = shape
+    data = np.empty((n_out, fmt.row_size_bytes(n_in)), np.uint8)
+    stored = _view(packed.data, fmt, layout, shape)
+    for start, stop in _blocks(n_out, _padded_row_bytes(fmt, n_in), layout):
+        rows = _load(stored, start, stop, fmt, layout)
+        kept = min(stop, n_out) - start
+        data[start : start + kept] = rows[:kept, : data.shape[1]]
+    if fmt.name == "int4":
+        data ^= np.uint8(0x88)
+        if n_in % 2:
+            data[:, -1] &= np.uint8(0x0F)
+    if packed.scales is None:
+        return EncodedWeight(fmt, shape, data, None)
+    groups = fmt.groups(n_in)
+    if layout == "tiles":
+        laid = packed.scales.reshape(-1, groups, _UNIT_OUTPUTS[layout]).transpose(0, 2, 1).reshape(-1, groups)
+    else:
+        laid = packed.scales.reshape(groups, -1).T
+    return EncodedWeight(fmt, shape, data, np.ascontiguousarray(laid[:n_out]))
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded_row_bytes(fmt: WeightFormat, n_in: int) -> int:
+    return _round_up(n_in, _COLUMN_PADDING) * _BITS[fmt.name] // 8
+
+
+def _blocks(n_out: int, row_bytes: int, layout: str) -> Iterator[tuple[int, int]]:
+    """First and last output, the last one padded and excluded, of blocks of whole units."""
+    unit = _UNIT_OUTPUTS[layout]
+    n_padded = _round_up(n_out, unit)
+    step = _round_up(max(1, _BLOCK_BYTES // row_bytes), unit)
+    for start in range(0, n_padded, step):
+        yield start, min(start + step, n_padded)
+
+
+def _view(data: ByteArray, fmt: WeightFormat, layout: str, shape: Sequence[int]) -> _Words:
+    """The packed numbers with an axis for everything that is reordered.
+
+    Tiles: words [tile, columns of a word, output]. Columns: numbers [column, output], and for int4 bytes
+    [pair of columns, column of the pair, block of 64 outputs, lane, byte of the lane].
+    """
+    n_outputs, n_inputs = _round_up(shape[0], _UNIT_OUTPUTS[layout]), _round_up(shape[1], _COLUMN_PADDING)
+    if layout == "tiles":
+        return data.view(_TILE_WORDS[fmt.name]).reshape(n_outputs // 8, -1, 8)
+    if fmt.name == "int4":
+        return data.reshape(n_inputs // 2, 2, n_outputs // 64, 8, 4)
+    return data.view(_COLUMN_WORDS[fmt.name]).reshape(n_inputs, n_outputs)
+
+
+def _store(stored: _Words, rows: ByteArray, start: int, fmt: WeightFormat, layout: str) -> None:
+    """Put padded rows, int4's already offset by 8, where outputs from `start` on belong."""
+    n_rows = rows.shape[0]
+    if layout == "tiles":
+        words = rows.view(_TILE_WORDS[fmt.name])
+        if fmt.name == "int4":
+            words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
+        tiles = words.reshape(n_rows // 8, 8, -1)
+        stored[start // 8 : (start + n_rows) // 8] = tiles.transpose(0, 2, 1)
+    elif fmt.name == "int4":
+        # Outputs 8s + j: those of an even s fill the low half of byte s / 2 of lane j, those of an odd s the high half.
+        low, high = np.moveaxis(rows.reshape(n_rows // 64, 4, 2, 8, -1), 2, 0)
+        place = slice(start // 64, (start + n_rows) // 64)
+        stored[:, 0, place] = (low & np.uint8(0x0F) | high << np.uint8(4)).transpose(3, 0, 2, 1)
+        stored[:, 1, place] = (low >> np.uint8(4) | high & np.uint8(0xF0)).transpose(3, 0, 2, 1)
+    else:
+        stored[:, start : start + n_rows] = rows.view(_COLUMN_WORDS[fmt.name]).T
+
+
+def _load(stored: _Words, start: int, stop: int, fmt: WeightFormat, layout: str) -> ByteArray:
+    """Undo `_store`: padded rows [stop - start, bytes], int4's still offset by 8."""
+    n_rows = stop - start
+    if layout == "tiles":
+        words = np.ascontiguousarray(stored[start // 8 : stop // 8].transpose(0, 2, 1)).reshape(n_rows, -1)
+        if fmt.name == "int4":
+            words = _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
+        return words.view(np.uint8)
+    if fmt.name == "int4":
+        even, odd = (stored[:, c, start // 64 : stop // 64].transpose(1, 3, 2, 0) for c in (0, 1))
+        rows = np.empty((n_rows // 64, 4, 2, 8, stored.shape[0]), np.uint8)
+        rows[:, :, 0] = even & np.uint8(0x0F) | odd << np.uint8(4)
+        rows[:, :, 1] = even >> np.uint8(4) | odd & np.uint8(0xF0)
+        return rows.reshape(n_rows, -1)
+    return np.ascontiguousarray(stored[:, start:stop].T).view(np.uint8)
+
+
+def _swap(words: _Words, shift: int, mask: int) -> _Words:
+    """Exchange the bits of 32-bit words under `mask` with those `shift` above; its own inverse.
+
+    Nibbles 1 and 2 of each half, then the middle bytes: that sorts eight columns into four even and four odd ones.
+    """
+    difference = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
+    swapped: _Words = words ^ difference ^ (difference << np.uint32(shift))
+    return swapped
