@@ -86,36 +86,43 @@ goslet_status status_of(ContainerError::Kind kind) {
     return GOSLET_FAILED;
 }
 
-// Runs `body` and makes a status of whatever it throws; `subject` is the file or the function that messages name.
+// Runs `body`, a call of `function`, and makes a status of whatever it throws. Where a file is the cause, messages
+// begin with its name and not the function's.
 template <typename Body>
-goslet_status guarded(const char* subject, const Body& body) noexcept {
+goslet_status guarded(const char* function, const char* path, const Body& body) noexcept {
+    const char* const file = path == nullptr ? function : path;
     try {
         body();
         return GOSLET_OK;
     } catch (const Failure& error) {
-        return fail(error.status, subject, error.what());
+        return fail(error.status, error.status == GOSLET_BAD_FILE ? file : function, error.what());
     } catch (const ContainerError& error) {
-        return fail(status_of(error.kind), subject, error.what());
+        return fail(status_of(error.kind), file, error.what());
     } catch (const EngineError& error) {
         try {
-            return fail(GOSLET_BAD_FILE, subject,
+            return fail(GOSLET_BAD_FILE, file,
                         goslet::error_message(error.what(), error.place, error.expected, error.found).c_str());
         } catch (const std::bad_alloc&) {
-            return fail(GOSLET_BAD_FILE, subject, error.what());
+            return fail(GOSLET_BAD_FILE, file, error.what());
         }
     } catch (const goslet::VocabularyError& error) {
-        return fail(GOSLET_BAD_FILE, subject, error.what());
+        return fail(GOSLET_BAD_FILE, file, error.what());
     } catch (const std::invalid_argument& error) {
-        return fail(GOSLET_INVALID_ARGUMENT, subject, error.what());
+        return fail(GOSLET_INVALID_ARGUMENT, function, error.what());
     } catch (const std::bad_alloc&) {
-        return fail(GOSLET_OUT_OF_MEMORY, subject, "memory is short");
+        return fail(GOSLET_OUT_OF_MEMORY, function, "memory is short");
     } catch (const std::length_error& error) {
-        return fail(GOSLET_OUT_OF_MEMORY, subject, error.what());
+        return fail(GOSLET_OUT_OF_MEMORY, function, error.what());
     } catch (const std::exception& error) {
-        return fail(GOSLET_FAILED, subject, error.what());
+        return fail(GOSLET_FAILED, function, error.what());
     } catch (...) {
-        return fail(GOSLET_FAILED, subject, "an unknown exception");
+        return fail(GOSLET_FAILED, function, "an unknown exception");
     }
+}
+
+template <typename Body>
+goslet_status guarded(const char* function, const Body& body) noexcept {
+    return guarded(function, nullptr, body);
 }
 
 // CPU cores that this process may use; two threads of one core count once. As runtime/machine.py.
@@ -301,7 +308,7 @@ const char* goslet_last_error(void) {
 
 goslet_engine* goslet_open(const char* path, const goslet_options* options) {
     goslet_engine* engine = nullptr;
-    guarded(path == nullptr ? "goslet_open" : path, [&] {
+    guarded("goslet_open", path, [&] {
         require(path, "path");
         engine = new goslet_engine{std::make_shared<SharedEngine>(path, native_options(options))};
     });
@@ -439,7 +446,7 @@ goslet_status goslet_step_batch(goslet_session* const* sessions, const goslet_to
 }
 
 goslet_status goslet_session_save(goslet_session* session, const char* path) {
-    return guarded(path == nullptr ? "goslet_session_save" : path, [&] {
+    return guarded("goslet_session_save", path, [&] {
         require(session, "session");
         require(path, "path");
         const Hold hold(*session);
@@ -449,7 +456,7 @@ goslet_status goslet_session_save(goslet_session* session, const char* path) {
 }
 
 goslet_status goslet_session_load(goslet_session* session, const char* path) {
-    return guarded(path == nullptr ? "goslet_session_load" : path, [&] {
+    return guarded("goslet_session_load", path, [&] {
         require(session, "session");
         require(path, "path");
         const Hold hold(*session);

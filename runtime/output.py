@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, NoReturn, TypeAlias
 
 from .errors import InputError, OutputError
 
-_WRITE_BUFFER_BYTES = 1 << 20
+# Linux keeps what is written in the largest pages that a write covers whole, and maps a file the faster the larger they
+# are: so files are written in whole, aligned blocks of two huge pages.
+_WRITE_BUFFER_BYTES = 4 << 20
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -92,8 +94,12 @@ class _OutputFile(io.FileIO):
         super().__init__(path, "x")
 
     def write(self, data: Any) -> int:
+        view = memoryview(data)
+        if view.nbytes > _WRITE_BUFFER_BYTES:
+            # BufferedWriter keeps the rest for the next block.
+            view = view[: view.nbytes - (self.tell() + view.nbytes) % _WRITE_BUFFER_BYTES]
         try:
-            return super().write(data)
+            return super().write(view)
         except OSError as error:
             raise _output_error(error, self._shown) from error
 

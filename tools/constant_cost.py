@@ -51,7 +51,7 @@ def resident_bytes() -> int:
 def goslet_steps(report: Report, points: list[int], threads: int, engine_path: Path) -> None:
     """Time single steps of one session at each position."""
     rng = np.random.default_rng(0)
-    with goslet.open(engine_path, threads=threads) as engine:
+    with goslet.open(engine_path, backend="native", threads=threads) as engine:
         session = engine.session()
         # Few tokens, met beforehand: a row of the embedding that is read for the first time is no growth with position.
         known = rng.integers(0, VOCAB_SIZE, CHUNK_TOKENS)

@@ -30,6 +30,9 @@ GOSLET_INLINE std::size_t smaller(std::size_t a, std::size_t b) { return a < b ?
 
 GOSLET_INLINE void fetch(const void* data) { __builtin_prefetch(data, 0, 3); }
 
+// Into the second-level cache: better where memory is not read strictly forward.
+GOSLET_INLINE void fetch_near(const void* data) { __builtin_prefetch(data, 0, 2); }
+
 GOSLET_INLINE void store_outputs(float* out, std::size_t first_output, std::size_t n_out, F32x8 values) {
     if (first_output + kLanes <= n_out) {
         store(out + first_output, values);
@@ -128,7 +131,8 @@ GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations&
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_groups();
     const std::size_t tile_bytes = padded_in / kInputs * Tile::kBytes;
-    const std::uint8_t* data = matrix.data + tile * tile_bytes;
+    const std::uint8_t* start = matrix.data + tile * tile_bytes;
+    const std::uint8_t* data = start;
     const std::uint16_t* scales = matrix.scales + tile * n_groups * kLanes;
     F32x8 totals[kTiles];
     for (std::size_t t = 0; t < kTiles; ++t) {
@@ -142,8 +146,10 @@ GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations&
             sums[t] = first_sum<kFormat>(x, 0, group, n_groups);
         }
         for (std::size_t line = begin; line < end; line += kLineBytes / Tile::kBytes * kInputs) {
+            std::size_t ahead = data - start + kAheadBytes;
+            ahead += ahead < tile_bytes ? 0 : (kTiles - 1) * tile_bytes;
             for (std::size_t t = 0; t < kTiles; ++t) {
-                fetch(data + t * tile_bytes + kAheadBytes);
+                fetch(start + t * tile_bytes + ahead);
             }
 #pragma GCC unroll 4
             for (std::size_t part = 0; part < kLineBytes / Tile::kBytes; ++part) {
@@ -207,26 +213,29 @@ GOSLET_INLINE void row_of_float_tiles(const Matrix& matrix, const Activations& x
     }
 }
 
-// Two inputs of a matrix in columns, by their distance from the first input of the group.
+// Inputs of a matrix in columns that meet all units of a span before the next ones do: enough to keep a sum in registers
+// for a while, and few enough to read memory forward.
+constexpr std::size_t kColumnsAtOnce = 8;
+
+// Two inputs of a matrix in columns. One without a partner has itself, with a zero.
 struct TwoInputs {
-    std::uint16_t first, second;
+    std::size_t offsets[2];  // of their weights, in bytes
     std::int16_t x[2];
 };
 
-// The inputs [begin, end) in pairs, without those whose activation is zero if `skip_zeros`. A last one without a partner
-// is paired with itself and a zero.
-inline std::size_t list_pairs(const std::int16_t* x, std::size_t n, bool skip_zeros, TwoInputs* pairs) {
-    std::uint16_t inputs[kMaxGroup];
+// The inputs [begin, end) in pairs, without those whose activation is zero if `skip_zeros`. Returns how many pairs.
+inline std::size_t list_pairs(const std::int16_t* x, std::size_t begin, std::size_t end, bool skip_zeros,
+                              std::size_t input_bytes, TwoInputs* pairs) {
     std::size_t count = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-        inputs[count] = static_cast<std::uint16_t>(i);
+    for (std::size_t i = begin; i < end; ++i) {
+        TwoInputs& pair = pairs[count / 2];
+        pair.offsets[count % 2] = i * input_bytes;
+        pair.x[count % 2] = x[i];
         count += !skip_zeros || x[i] != 0;
     }
-    for (std::size_t i = 0; i + 1 < count; i += 2) {
-        pairs[i / 2] = {inputs[i], inputs[i + 1], {x[inputs[i]], x[inputs[i + 1]]}};
-    }
     if (count % 2 != 0) {
-        pairs[count / 2] = {inputs[count - 1], inputs[count - 1], {x[inputs[count - 1]], 0}};
+        pairs[count / 2].offsets[1] = pairs[count / 2].offsets[0];
+        pairs[count / 2].x[1] = 0;
     }
     return (count + 1) / 2;
 }
@@ -237,62 +246,77 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
                                    std::size_t end_unit, float* out, bool skip_zeros) {
     using Columns = typename IntegerFormat<kFormat>::Columns;
     constexpr std::size_t kUnitVectors = kColumnsBlock / kLanes;
-    constexpr std::size_t kUnitBytes = kUnitVectors / Columns::kPairs * Columns::kBytes;
+    constexpr std::size_t kUnitBytes = kColumnsBlock * format_bits(kFormat) / 8;
+    constexpr std::size_t kPairsAtOnce = kColumnsAtOnce / 2;
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_groups();
     const std::size_t input_bytes = matrix.n_units() * kUnitBytes;
     for (std::size_t span = first_unit; span < end_unit; span += kSpanUnits) {
         const std::size_t span_end = smaller(span + kSpanUnits, end_unit);
+        const std::size_t n_numbers = (span_end - span) * kColumnsBlock;
         alignas(64) float totals[kSpanUnits * kColumnsBlock];
-        for (std::size_t i = 0; i < (span_end - span) * kColumnsBlock; i += kLanes) {
+        alignas(64) std::int32_t sums[kSpanUnits * kColumnsBlock];
+        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
             store(totals + i, zero());
         }
+        // This group's pairs and the next group's, whose weights are fetched while this group ends.
+        TwoInputs pairs[kMaxGroup + 1];
+        std::size_t n_pairs = list_pairs(x.integers, 0, smaller(matrix.group, padded_in), skip_zeros, input_bytes, pairs);
         for (std::size_t group = 0; group < n_groups; ++group) {
-            const std::size_t begin = group * matrix.group;
-            const std::size_t n_inputs = smaller(matrix.group, padded_in - begin);
-            TwoInputs pairs[kMaxGroup / 2];
-            const std::size_t n_pairs = list_pairs(x.integers + begin, n_inputs, skip_zeros, pairs);
-            const F32x8 x_scale = broadcast(x.scales[group]);
-            for (std::size_t unit = span; unit < span_end; ++unit) {
-                const std::uint8_t* data = matrix.data + begin * input_bytes + unit * kUnitBytes;
-                I32x8 sums[kUnitVectors];
+            const std::size_t next = smaller((group + 1) * matrix.group, padded_in);
+            const std::size_t n_next =
+                list_pairs(x.integers, next, smaller(next + matrix.group, padded_in), skip_zeros, input_bytes, pairs + n_pairs);
+            for (std::size_t i = 0; i < n_numbers; i += kLanes) {
+                store_i32(sums + i, first_sum<kFormat>(x, 0, group, n_groups));
+            }
+            for (std::size_t begin = 0; begin < n_pairs; begin += kPairsAtOnce) {
+                const std::size_t end = smaller(begin + kPairsAtOnce, n_pairs);
+                for (std::size_t unit = span; unit < span_end; ++unit) {
+                    const std::uint8_t* data = matrix.data + unit * kUnitBytes;
+                    std::int32_t* unit_sums = sums + (unit - span) * kColumnsBlock;
+                    I32x8 partial[kUnitVectors];
 #pragma GCC unroll 8
-                for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                    sums[v] = first_sum<kFormat>(x, 0, group, n_groups);
-                }
-                for (std::size_t i = 0; i < n_pairs; ++i) {
-                    const std::uint8_t* first = data + pairs[i].first * input_bytes;
-                    const std::uint8_t* second = data + pairs[i].second * input_bytes;
-                    const InputPair activations = input_pair(pairs[i].x);
-                    fetch(first + kUnitBytes);
-                    fetch(second + kUnitBytes);
+                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
+                        partial[v] = load_i32(unit_sums + v * kLanes);
+                    }
+                    for (std::size_t i = begin; i < end; ++i) {
+                        const TwoInputs& ahead = pairs[smaller(i + kPairsAtOnce, n_pairs + n_next - 1)];
+                        fetch_near(data + ahead.offsets[0]);
+                        fetch_near(data + ahead.offsets[1]);
+                        const std::uint8_t* first = data + pairs[i].offsets[0];
+                        const std::uint8_t* second = data + pairs[i].offsets[1];
+                        const InputPair activations = input_pair(pairs[i].x);
 #pragma GCC unroll 8
-                    for (std::size_t v = 0; v < kUnitVectors; v += Columns::kPairs) {
-                        const std::size_t byte = v / Columns::kPairs * Columns::kBytes;
-                        Pairs weights[Columns::kPairs];
-                        Columns::unpack(first + byte, second + byte, weights);
+                        for (std::size_t v = 0; v < kUnitVectors; v += Columns::kPairs) {
+                            Pairs weights[Columns::kPairs];
+                            Columns::unpack(first, second, v, weights);
 #pragma GCC unroll 8
-                        for (std::size_t p = 0; p < Columns::kPairs; ++p) {
-                            sums[v + p] = dot(sums[v + p], weights[p], activations);
+                            for (std::size_t p = 0; p < Columns::kPairs; ++p) {
+                                partial[v + p] = dot(partial[v + p], weights[p], activations);
+                            }
                         }
                     }
-                }
-                const std::uint16_t* scales = matrix.scales + group * matrix.padded_out() + unit * kColumnsBlock;
-                float* unit_totals = totals + (unit - span) * kColumnsBlock;
 #pragma GCC unroll 8
-                for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                    store(unit_totals + v * kLanes,
-                          add_group(load(unit_totals + v * kLanes), sums[v], x_scale, scales + v * kLanes));
+                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
+                        store_i32(unit_sums + v * kLanes, partial[v]);
+                    }
                 }
             }
+            const F32x8 x_scale = broadcast(x.scales[group]);
+            const std::uint16_t* scales = matrix.scales + group * matrix.padded_out() + span * kColumnsBlock;
+            for (std::size_t i = 0; i < n_numbers; i += kLanes) {
+                store(totals + i, add_group(load(totals + i), load_i32(sums + i), x_scale, scales + i));
+            }
+            std::memmove(pairs, pairs + n_pairs, n_next * sizeof pairs[0]);
+            n_pairs = n_next;
         }
-        for (std::size_t i = 0; i < (span_end - span) * kColumnsBlock; i += kLanes) {
+        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
             store_outputs(out, span * kColumnsBlock + i, matrix.n_out, load(totals + i));
         }
     }
 }
 
-// One row, floats in columns. The inputs with an even index come first, then the odd ones, a chunk at a time.
+// One row, floats in columns. Of every kFloatChunk inputs, those with an even index come first.
 template <Format kFormat>
 inline void row_of_float_columns(const Matrix& matrix, const Activations& x, std::size_t first_unit,
                                  std::size_t end_unit, float* out, bool skip_zeros) {
@@ -303,39 +327,45 @@ inline void row_of_float_columns(const Matrix& matrix, const Activations& x, std
     const std::size_t padded_out = matrix.padded_out();
     for (std::size_t span = first_unit; span < end_unit; span += kSpanUnits) {
         const std::size_t span_end = smaller(span + kSpanUnits, end_unit);
+        const std::size_t n_numbers = (span_end - span) * kColumnsBlock;
         alignas(64) float totals[2][kSpanUnits * kColumnsBlock];
-        for (std::size_t i = 0; i < (span_end - span) * kColumnsBlock; i += kLanes) {
+        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
             store(totals[0] + i, zero());
             store(totals[1] + i, zero());
         }
         for (std::size_t chunk = 0; chunk < padded_in; chunk += kFloatChunk) {
-            const std::size_t chunk_end = smaller(chunk + kFloatChunk, padded_in);
-            std::uint32_t inputs[kFloatChunk];
+            std::size_t inputs[kFloatChunk + 1];
             std::size_t ends[2];
             std::size_t count = 0;
             for (std::size_t parity = 0; parity < 2; ++parity) {
-                for (std::size_t i = chunk + parity; i < chunk_end; i += 2) {
-                    inputs[count] = static_cast<std::uint32_t>(i);
+                for (std::size_t i = chunk + parity; i < smaller(chunk + kFloatChunk, padded_in); i += 2) {
+                    inputs[count] = i;
                     count += !skip_zeros || x.floats[i] != 0.0f;
                 }
                 ends[parity] = count;
             }
-            for (std::size_t unit = span; unit < span_end; ++unit) {
-                const Number* data = reinterpret_cast<const Number*>(matrix.data) + unit * kColumnsBlock;
-                std::size_t next = 0;
-                for (std::size_t parity = 0; parity < 2; ++parity) {
+            std::size_t begin = 0;
+            while (begin < count) {
+                const std::size_t parity = begin < ends[0] ? 0 : 1;
+                const std::size_t end = smaller(begin + kColumnsAtOnce, ends[parity]);
+                for (std::size_t unit = span; unit < span_end; ++unit) {
+                    const Number* data = reinterpret_cast<const Number*>(matrix.data) + unit * kColumnsBlock;
                     float* unit_totals = totals[parity] + (unit - span) * kColumnsBlock;
                     F32x8 sums[kUnitVectors];
 #pragma GCC unroll 8
                     for (std::size_t v = 0; v < kUnitVectors; ++v) {
                         sums[v] = load(unit_totals + v * kLanes);
                     }
-                    for (; next < ends[parity]; ++next) {
-                        const Number* weights = data + inputs[next] * padded_out;
-                        const F32x8 activation = broadcast(x.floats[inputs[next]]);
-                        for (std::size_t line = 0; line < kUnitBytes; line += kLineBytes) {
-                            fetch(reinterpret_cast<const std::uint8_t*>(weights) + kUnitBytes + line);
+                    for (std::size_t i = begin; i < end; ++i) {
+                        // Past the chunk, the next one's first inputs are a guess, which is right without zeros.
+                        const std::size_t ahead = i + kColumnsAtOnce < count
+                                                      ? inputs[i + kColumnsAtOnce]
+                                                      : chunk + kFloatChunk + 2 * (i + kColumnsAtOnce - count);
+                        for (std::size_t byte = 0; byte < kUnitBytes; byte += kLineBytes) {
+                            fetch_near(reinterpret_cast<const std::uint8_t*>(data + ahead * padded_out) + byte);
                         }
+                        const F32x8 activation = broadcast(x.floats[inputs[i]]);
+                        const Number* weights = data + inputs[i] * padded_out;
 #pragma GCC unroll 8
                         for (std::size_t v = 0; v < kUnitVectors; ++v) {
                             sums[v] = fma(activation, load_weights(weights + v * kLanes), sums[v]);
@@ -346,9 +376,10 @@ inline void row_of_float_columns(const Matrix& matrix, const Activations& x, std
                         store(unit_totals + v * kLanes, sums[v]);
                     }
                 }
+                begin = end;
             }
         }
-        for (std::size_t i = 0; i < (span_end - span) * kColumnsBlock; i += kLanes) {
+        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
             store_outputs(out, span * kColumnsBlock + i, matrix.n_out, load(totals[0] + i) + load(totals[1] + i));
         }
     }
@@ -390,7 +421,7 @@ struct IntegerPanels {
             }
         } else {
             using Columns = typename IntegerFormat<kFormat>::Columns;
-            constexpr std::size_t kUnitBytes = kColumnsBlock / kLanes / Columns::kPairs * Columns::kBytes;
+            constexpr std::size_t kUnitBytes = kColumnsBlock * format_bits(kFormat) / 8;
             const std::size_t input_bytes = matrix.n_units() * kUnitBytes;
             const std::uint8_t* data = matrix.data + begin * input_bytes + unit * kUnitBytes;
             for (std::size_t pair = 0; pair < (end - begin) / 2; ++pair, data += 2 * input_bytes) {
@@ -398,9 +429,8 @@ struct IntegerPanels {
                 fetch(data + input_bytes + kUnitBytes);
 #pragma GCC unroll 8
                 for (std::size_t v = 0; v < kColumnsBlock / kLanes; v += Columns::kPairs) {
-                    const std::size_t byte = v / Columns::kPairs * Columns::kBytes;
                     Pairs weights[Columns::kPairs];
-                    Columns::unpack(data + byte, data + input_bytes + byte, weights);
+                    Columns::unpack(data, data + input_bytes, v, weights);
 #pragma GCC unroll 8
                     for (std::size_t p = 0; p < Columns::kPairs; ++p) {
                         store_pairs(&pairs[(v + p) / kPanelVectors][pair][(v + p) % kPanelVectors], weights[p]);

@@ -129,26 +129,26 @@ struct Int4Tile {
 };
 
 struct Int8Columns {
-    // 16 outputs at a time.
     static constexpr std::size_t kPairs = 2;
-    static constexpr std::size_t kBytes = 16;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
-        const __m128i x1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
-        const __m128i x2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
+        const __m128i x1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + 8 * vector));
+        const __m128i x2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second + 8 * vector));
         pairs[0] = {_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x1, x2))};
         pairs[1] = {_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x1, x2))};
     }
 };
 
 struct Int4Columns {
-    static constexpr std::size_t kPairs = 8;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+    static constexpr std::size_t kPairs = 4;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
         const __m256i x1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
         const __m256i x2 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
-        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
-        split_nibbles(_mm256_blend_epi16(x1, _mm256_slli_epi32(x2, 16), 0xAA), pairs);
-        split_nibbles(_mm256_blend_epi16(_mm256_srli_epi32(x1, 16), x2, 0xAA), pairs + 4);
+        // Vectors 0 to 3 are in the low halves of the 32-bit lanes, the others in the high halves.
+        split_nibbles(vector == 0 ? _mm256_blend_epi16(x1, _mm256_slli_epi32(x2, 16), 0xAA)
+                                  : _mm256_blend_epi16(_mm256_srli_epi32(x1, 16), x2, 0xAA),
+                      pairs);
     }
 };
 

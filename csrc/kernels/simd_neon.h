@@ -151,21 +151,20 @@ struct Int4Tile {
 
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
-    static constexpr std::size_t kBytes = 8;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
-        pairs[0] = {vmovl_s8(load_bytes(first)), vmovl_s8(load_bytes(second))};
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
+        pairs[0] = {vmovl_s8(load_bytes(first + 8 * vector)), vmovl_s8(load_bytes(second + 8 * vector))};
     }
 };
 
 struct Int4Columns {
-    static constexpr std::size_t kPairs = 8;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
-        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
+    static constexpr std::size_t kPairs = 4;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
+        // Vectors 0 to 3 are in the low halves of the 32-bit lanes, the others in the high halves.
         const uint16x8x2_t x1 = load_halves(first);
         const uint16x8x2_t x2 = load_halves(second);
-        split_nibbles(x1.val[0], x2.val[0], pairs);
-        split_nibbles(x1.val[1], x2.val[1], pairs + 4);
+        split_nibbles(x1.val[vector / 4], x2.val[vector / 4], pairs);
     }
 };
 

@@ -184,27 +184,28 @@ struct Int4Tile {
 
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
-    static constexpr std::size_t kBytes = 8;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
         std::int16_t lanes[16];
         for (std::size_t i = 0; i < 8; ++i) {
-            lanes[2 * i] = static_cast<std::int8_t>(first[i]);
-            lanes[2 * i + 1] = static_cast<std::int8_t>(second[i]);
+            lanes[2 * i] = static_cast<std::int8_t>(first[8 * vector + i]);
+            lanes[2 * i + 1] = static_cast<std::int8_t>(second[8 * vector + i]);
         }
         pairs[0] = pairs_of(lanes);
     }
 };
 
 struct Int4Columns {
-    static constexpr std::size_t kPairs = 8;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, Pairs* pairs) {
+    static constexpr std::size_t kPairs = 4;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
+                                     Pairs* pairs) {
         I32x8 x1, x2;
         std::memcpy(&x1, first, sizeof x1);
         std::memcpy(&x2, second, sizeof x2);
-        // Outputs 8s + j with s < 4 are in the low half of the 32-bit lane j, those with s >= 4 in the high half.
-        split_nibbles((x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2), pairs);
-        split_nibbles(shift_right<16>(x1) | (x2 & broadcast_i32(-0x10000)), pairs + 4);
+        // Vectors 0 to 3 are in the low halves of the 32-bit lanes, the others in the high halves.
+        split_nibbles(vector == 0 ? (x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2)
+                                  : shift_right<16>(x1) | (x2 & broadcast_i32(-0x10000)),
+                      pairs);
     }
 };
 

@@ -58,6 +58,7 @@ class NativeBackend(Backend):
                 remedy="export it again with this goslet, or use backend ort",
             )
         _check_isa()
+        file.prefer_huge_pages()
         tensors = []
         for name in file.tensors:
             weight = file.packed(name)

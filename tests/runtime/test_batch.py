@@ -36,7 +36,7 @@ DEADLOCK_S = 60
 )
 def engine(request: pytest.FixtureRequest, tiny_engines: dict[str, Path]) -> Iterator[goslet.Engine]:
     backend, quant = request.param
-    with goslet.open(tiny_engines[quant], backend=backend, threads=2) as opened:
+    with goslet.open(tiny_engines[quant], backend=backend, threads=2 if backend == "native" else 1) as opened:
         yield opened
 
 

@@ -281,7 +281,7 @@ def test_a_file_cannot_drive_the_terminal(run: Run, tiny_engine: Path, tmp_path:
             graph=bytes(file.graph_bytes),
             graph_info={"format": "onnx", "opset": 21, nasty: nasty},
             tensors=[
-                TensorSource(name, entry.format, entry.shape, lambda name=name: file.weight(name))
+                TensorSource(name, entry.format, entry.shape, lambda name=name: file.weight(name), entry.layout)
                 for name, entry in file.tensors.items()
             ],
             tokenizer=None,

@@ -34,11 +34,11 @@ class OldOptions(onnxruntime.SessionOptions):
 def test_old_versions_get_their_weights_from_files(
     quant: str, tiny_engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with goslet.open(tiny_engines[quant]) as engine:
+    with goslet.open(tiny_engines[quant], backend="ort") as engine:
         expected = engine.session().feed([1, 2, 3])
     monkeypatch.setattr(onnxruntime, "SessionOptions", OldOptions)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with goslet.open(tiny_engines[quant]) as engine:
+    with goslet.open(tiny_engines[quant], backend="ort") as engine:
         assert list(tmp_path.iterdir()) == [], "the files are gone as soon as the engine is open"
         np.testing.assert_array_equal(engine.session().feed([1, 2, 3]), expected)
 
@@ -49,7 +49,7 @@ def test_old_version_without_room_for_its_files(
     monkeypatch.setattr(onnxruntime, "SessionOptions", OldOptions)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     with pytest.raises(BackendError, match="TMPDIR"):
-        goslet.open(tiny_engine)
+        goslet.open(tiny_engine, backend="ort")
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "model.onnx", "a..b"])
@@ -58,7 +58,7 @@ def test_no_tensor_takes_the_place_of_the_graph(
 ) -> None:
     """Where weights go to files, whatever an engine may call a tensor is another file than the graph's."""
     onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
-    with goslet.open(tiny_engine) as engine:
+    with goslet.open(tiny_engine, backend="ort") as engine:
         expected = engine.session().feed([1, 2, 3])
         model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
     renamed = next(value for value in model.graph.initializer if value.name == "ln_out.bias")
@@ -67,7 +67,7 @@ def test_no_tensor_takes_the_place_of_the_graph(
         node.input[:] = [name if value == "ln_out.bias" else value for value in node.input]
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString(), renamed={"ln_out.bias": name})
     monkeypatch.setattr(onnxruntime, "SessionOptions", OldOptions)
-    with goslet.open(path) as engine:
+    with goslet.open(path, backend="ort") as engine:
         np.testing.assert_array_equal(engine.session().feed([1, 2, 3]), expected)
 
 
@@ -75,13 +75,13 @@ def test_graph_that_onnx_runtime_refuses_is_not_printed_about(
     tiny_engine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
-    with goslet.open(tiny_engine) as engine:
+    with goslet.open(tiny_engine, backend="ort") as engine:
         model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
     next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "MatMul"
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
     capfd.readouterr()
     with pytest.raises(BackendError, match=r"x\.goslet: section graph: ONNX Runtime refuses"):
-        goslet.open(path)
+        goslet.open(path, backend="ort")
     assert capfd.readouterr() == ("", "")
 
 
@@ -90,14 +90,14 @@ def test_step_that_fails_is_not_printed_about_and_keeps_the_state(
 ) -> None:
     """Logits that turn out twice as many as they are declared: ONNX Runtime must not write past their buffer."""
     onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
-    with goslet.open(tiny_engine) as engine:
+    with goslet.open(tiny_engine, backend="ort") as engine:
         model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
     for node in model.graph.node:
         node.output[:] = ["once" if name == "logits" else name for name in node.output]
     model.graph.node.append(onnx.helper.make_node("Concat", ["once", "once"], ["logits"], axis=0))
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
     capfd.readouterr()
-    with goslet.open(path) as engine:
+    with goslet.open(path, backend="ort") as engine:
         session = engine.session()
         with pytest.raises(BackendError, match="token 0 of this feed"):
             session.feed([1])
@@ -142,12 +142,12 @@ DOUBLE = 11
 @pytest.mark.parametrize("name", signature_edits())
 def test_inputs_and_outputs_of_another_type_or_batch(name: str, tiny_engine: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="the graph is edited with onnx")
-    with goslet.open(tiny_engine) as engine:
+    with goslet.open(tiny_engine, backend="ort") as engine:
         model = onnx.ModelProto.FromString(bytes(engine.file.graph_bytes))
     signature_edits()[name](model)
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
     with pytest.raises(BackendError, match=rf"x\.goslet: {name.strip()}: .*expected tensor\(float\) \['B', "):
-        goslet.open(path)
+        goslet.open(path, backend="ort")
 
 
 def test_products_of_quantized_weights_are_fused(
@@ -162,7 +162,7 @@ def test_products_of_quantized_weights_are_fused(
             self.optimized_model_filepath = str(tmp_path / "optimized.onnx")
 
     monkeypatch.setattr(onnxruntime, "SessionOptions", Recording)
-    with goslet.open(tiny_engines["int4"]) as engine:
+    with goslet.open(tiny_engines["int4"], backend="ort") as engine:
         matrices = [name for name, entry in engine.file.tensors.items() if len(entry.shape) == 2]
     nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == len(matrices) - 1, "all but the embedding"
@@ -173,12 +173,12 @@ def test_products_of_quantized_weights_are_fused(
 def test_onnxruntime_that_is_not_installed(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"goslet\[ort\]"):
-        goslet.open(tiny_engine)
+        goslet.open(tiny_engine, backend="ort")
 
 
 def test_nothing_is_written_to_the_home_folder(tiny_engine: Path, tmp_path: Path) -> None:
     """ONNX Runtime's telemetry keeps a device id and a log there unless told not to before it is imported."""
-    program = "import sys, goslet; goslet.open(sys.argv[1]).session().feed([1, 2])"
+    program = "import sys, goslet; goslet.open(sys.argv[1], backend='ort').session().feed([1, 2])"
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "ORT_DISABLE_TELEMETRY")}
     environment["HOME"] = environment["XDG_CACHE_HOME"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", program, tiny_engine], check=True, env=environment, timeout=120)
@@ -190,7 +190,7 @@ def test_activations_are_rounded_in_use_and_not_when_exact(tiny_engines: dict[st
     from goslet.backends.ort import OrtBackend
     from goslet.session import Engine
 
-    with goslet.open(tiny_engines["int4"]) as engine:
+    with goslet.open(tiny_engines["int4"], backend="ort") as engine:
         in_use = engine.session().feed([1, 2, 3])
         exact = Engine(engine.file, OrtBackend(engine.file, exact=True), None).session().feed([1, 2, 3])
     error = np.abs(in_use - exact).max() / np.abs(exact).max()

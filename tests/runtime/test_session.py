@@ -143,7 +143,7 @@ def test_save_and_load_are_exact(engine: goslet.Engine, tmp_path: Path) -> None:
     np.testing.assert_array_equal(session.feed([4, 5]), expected)
 
 
-@pytest.mark.parametrize(("backend", "other_backend"), itertools.product(BACKENDS, BACKENDS))
+@pytest.mark.parametrize(("backend", "other_backend"), list(itertools.product(BACKENDS, BACKENDS)))
 def test_a_state_moves_between_quantizations_and_backends(
     backend: str, other_backend: str, tiny_engines: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -173,20 +173,29 @@ def test_reset_is_exact(engine: goslet.Engine) -> None:
     np.testing.assert_array_equal(session.feed([5, 6, 7]), expected)
 
 
-def test_state_of_another_model_is_refused_and_nothing_is_lost(engine: goslet.Engine, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of another model with the same shapes."""
     from random_checkpoint import random_rwkv7, save
 
     from goslet.export import export_engine
 
+    folder = tmp_path_factory.mktemp("other")
     same_shape = random_rwkv7(
         n_layer=2, n_embd=64, head_size=16, vocab_size=256, rank_w=8, rank_a=12, rank_v=16, rank_g=24, seed=12
     )
-    save(same_shape, tmp_path / "other.pth")
-    export_engine(tmp_path / "other.pth", tmp_path / "other.goslet", quant="f32")
+    save(same_shape, folder / "other.pth")
+    export_engine(folder / "other.pth", folder / "other.goslet", quant="f32")
+    return folder / "other.goslet"
+
+
+def test_state_of_another_model_is_refused_and_nothing_is_lost(
+    engine: goslet.Engine, other_model: Path, tmp_path: Path
+) -> None:
     session = engine.session()
     session.feed([1, 2, 3])
     before = states(session)
-    with goslet.open(tmp_path / "other.goslet") as other:
+    with goslet.open(other_model) as other:
         stranger = other.session()
         stranger.feed([1])
         stranger.save(tmp_path / "other.state")
