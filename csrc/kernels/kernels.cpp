@@ -14,11 +14,12 @@ namespace goslet {
 
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kReference, Isa::kPortable,   Isa::kAvx2, Isa::kAvx512,
-                         Isa::kAvx512Vnni, Isa::kNeon, Isa::kNeonDotprod};
+constexpr Isa kIsas[] = {Isa::kReference,  Isa::kPortable, Isa::kAvx2,       Isa::kAvx512,
+                         Isa::kAvx512Vnni, Isa::kNeon,     Isa::kNeonDotprod};
 
 #if defined(__x86_64__)
-// The compilers' __builtin_cpu_supports does not know this feature everywhere. With AVX2, the system keeps its registers.
+// The compilers' __builtin_cpu_supports does not know this feature everywhere. With AVX2, the system keeps its
+// registers.
 bool has_f16c() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -44,7 +45,7 @@ const Kernels* table(Isa isa) {
                        : nullptr;
         case Isa::kAvx512Vnni:
             return table(Isa::kAvx512) != nullptr && __builtin_cpu_supports("avx512vnni") ? &kAvx512VnniKernels
-                                                                                           : nullptr;
+                                                                                          : nullptr;
 #elif defined(__aarch64__)
         case Isa::kNeon:
             return &kNeonKernels;

@@ -81,8 +81,7 @@ double scale(const Matrix& matrix, std::size_t output, std::size_t group) {
     return f16_value(matrix.scales[at]);
 }
 
-void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales,
-          std::int32_t* sums) {
+void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales, std::int32_t* sums) {
     for (std::size_t begin = 0; begin < n; begin += group, ++scales, ++sums) {
         const std::size_t end = begin + group < n ? begin + group : n;
         double range = 0.0;
@@ -111,8 +110,7 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
             if (is_integer(matrix.format)) {
                 for (std::size_t group = 0; group < matrix.n_groups(); ++group) {
                     double sum = 0.0;
-                    for (std::size_t i = group * matrix.group; i < (group + 1) * matrix.group && i < matrix.n_in;
-                         ++i) {
+                    for (std::size_t i = group * matrix.group; i < (group + 1) * matrix.group && i < matrix.n_in; ++i) {
                         sum += weight(matrix, output, i) * x.integers[row * x.stride + i];
                     }
                     total += sum * x.scales[row * matrix.n_groups() + group] * scale(matrix, output, group);
@@ -129,13 +127,8 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
 
 }  // namespace
 
-const Kernels kReferenceKernels = {"reference",
-                                   pack,
-                                   multiply,
-                                   reference::layer_norm,
-                                   reference::lerp,
-                                   reference::activate,
-                                   reference::add,
-                                   reference::wkv7};
+const Kernels kReferenceKernels = {
+    "reference",         pack,           multiply,       reference::layer_norm, reference::lerp,
+    reference::activate, reference::add, reference::wkv7};
 
 }  // namespace goslet

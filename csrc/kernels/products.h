@@ -1,8 +1,9 @@
 // Products of stored matrices and activations, written once over simd.h.
 //
-// An output's sum is formed in one fixed way, so that it depends neither on how many rows there are, nor on the cut into
-// units, nor on whether zeros are skipped. Integer weights: the sum over a group is exact, and the groups are added in
-// order. Floating weights: inputs with an even index make one sum and those with an odd index another, in order.
+// An output's sum is formed in one fixed way, so that it depends neither on how many rows there are, nor on the cut
+// into units, nor on whether zeros are skipped. Integer weights: the sum over a group is exact, and the groups are
+// added in order. Floating weights: inputs with an even index make one sum and those with an odd index another, in
+// order.
 //
 // One row is limited by memory, so its weights go from memory to registers once, and are fetched ahead. More rows are
 // limited by arithmetic, so a panel of weights is unpacked into the first-level cache and meets several rows at a time.
@@ -26,12 +27,17 @@ constexpr std::size_t kPanelOutputs = kPanelVectors * kLanes;
 // memory is read along the inputs.
 constexpr std::size_t kSpanUnits = 16;
 
-GOSLET_INLINE std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+GOSLET_INLINE std::size_t smaller(std::size_t a, std::size_t b) {
+    return a < b ? a : b;
+}
 
-GOSLET_INLINE void fetch(const void* data) { __builtin_prefetch(data, 0, 3); }
-
-// Into the second-level cache: better where memory is not read strictly forward.
-GOSLET_INLINE void fetch_near(const void* data) { __builtin_prefetch(data, 0, 2); }
+// Into the first-level cache, or only into the second: which is better was measured for each use.
+GOSLET_INLINE void fetch_first(const void* data) {
+    __builtin_prefetch(data, 0, 3);
+}
+GOSLET_INLINE void fetch_second(const void* data) {
+    __builtin_prefetch(data, 0, 2);
+}
 
 GOSLET_INLINE void store_outputs(float* out, std::size_t first_output, std::size_t n_out, F32x8 values) {
     if (first_output + kLanes <= n_out) {
@@ -128,6 +134,7 @@ template <Format kFormat, std::size_t kTiles>
 GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations& x, std::size_t tile, float* out) {
     using Tile = typename IntegerFormat<kFormat>::Tile;
     constexpr std::size_t kInputs = 2 * Tile::kPairs;  // of one unpacking
+    constexpr std::size_t kChains = 4;                 // so that a sum need not wait for the one before
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_groups();
     const std::size_t tile_bytes = padded_in / kInputs * Tile::kBytes;
@@ -141,15 +148,18 @@ GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations&
     for (std::size_t group = 0; group < n_groups; ++group) {
         const std::size_t begin = group * matrix.group;
         const std::size_t end = smaller(begin + matrix.group, padded_in);
-        I32x8 sums[kTiles];
+        I32x8 sums[kTiles][kChains];
         for (std::size_t t = 0; t < kTiles; ++t) {
-            sums[t] = first_sum<kFormat>(x, 0, group, n_groups);
+            sums[t][0] = first_sum<kFormat>(x, 0, group, n_groups);
+            for (std::size_t chain = 1; chain < kChains; ++chain) {
+                sums[t][chain] = zero_i32();
+            }
         }
         for (std::size_t line = begin; line < end; line += kLineBytes / Tile::kBytes * kInputs) {
             std::size_t ahead = data - start + kAheadBytes;
             ahead += ahead < tile_bytes ? 0 : (kTiles - 1) * tile_bytes;
             for (std::size_t t = 0; t < kTiles; ++t) {
-                fetch(start + t * tile_bytes + ahead);
+                fetch_first(start + t * tile_bytes + ahead);
             }
 #pragma GCC unroll 4
             for (std::size_t part = 0; part < kLineBytes / Tile::kBytes; ++part) {
@@ -160,7 +170,8 @@ GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations&
                     Tile::unpack(data + t * tile_bytes + part * Tile::kBytes, pairs);
 #pragma GCC unroll 4
                     for (std::size_t p = 0; p < Tile::kPairs; ++p) {
-                        sums[t] = dot(sums[t], pairs[p], input_pair(integers + 2 * p));
+                        I32x8& sum = sums[t][(part * Tile::kPairs + p) % kChains];
+                        sum = dot(sum, pairs[p], input_pair(integers + 2 * p));
                     }
                 }
             }
@@ -168,7 +179,8 @@ GOSLET_INLINE void row_of_integer_tiles(const Matrix& matrix, const Activations&
         }
         const F32x8 x_scale = broadcast(x.scales[group]);
         for (std::size_t t = 0; t < kTiles; ++t) {
-            totals[t] = add_group(totals[t], sums[t], x_scale, scales + (t * n_groups + group) * kLanes);
+            const I32x8 sum = (sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]);
+            totals[t] = add_group(totals[t], sum, x_scale, scales + (t * n_groups + group) * kLanes);
         }
     }
     for (std::size_t t = 0; t < kTiles; ++t) {
@@ -193,8 +205,8 @@ GOSLET_INLINE void row_of_float_tiles(const Matrix& matrix, const Activations& x
     for (std::size_t column = 0; column < padded_in; column += kStep) {
         for (std::size_t t = 0; t < kTiles; ++t) {
             for (std::size_t line = 0; line < kStep / kColumns; ++line) {
-                fetch(reinterpret_cast<const std::uint8_t*>(data + t * tile_numbers + column * kLanes) +
-                      line * kLineBytes + kAheadBytes);
+                fetch_second(reinterpret_cast<const std::uint8_t*>(data + t * tile_numbers + column * kLanes) +
+                             line * kLineBytes + kAheadBytes);
             }
         }
 #pragma GCC unroll 4
@@ -213,9 +225,9 @@ GOSLET_INLINE void row_of_float_tiles(const Matrix& matrix, const Activations& x
     }
 }
 
-// Inputs of a matrix in columns that meet all units of a span before the next ones do: enough to keep a sum in registers
-// for a while, and few enough to read memory forward.
-constexpr std::size_t kColumnsAtOnce = 8;
+// Inputs of a matrix in columns that meet all units of a span before the next ones do: enough to keep a sum in
+// registers for a while, and few enough to read memory forward.
+constexpr std::size_t kColumnsAtOnce = 16;
 
 // Two inputs of a matrix in columns. One without a partner has itself, with a zero.
 struct TwoInputs {
@@ -261,11 +273,12 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
         }
         // This group's pairs and the next group's, whose weights are fetched while this group ends.
         TwoInputs pairs[kMaxGroup + 1];
-        std::size_t n_pairs = list_pairs(x.integers, 0, smaller(matrix.group, padded_in), skip_zeros, input_bytes, pairs);
+        std::size_t n_pairs =
+            list_pairs(x.integers, 0, smaller(matrix.group, padded_in), skip_zeros, input_bytes, pairs);
         for (std::size_t group = 0; group < n_groups; ++group) {
             const std::size_t next = smaller((group + 1) * matrix.group, padded_in);
-            const std::size_t n_next =
-                list_pairs(x.integers, next, smaller(next + matrix.group, padded_in), skip_zeros, input_bytes, pairs + n_pairs);
+            const std::size_t n_next = list_pairs(x.integers, next, smaller(next + matrix.group, padded_in), skip_zeros,
+                                                  input_bytes, pairs + n_pairs);
             for (std::size_t i = 0; i < n_numbers; i += kLanes) {
                 store_i32(sums + i, first_sum<kFormat>(x, 0, group, n_groups));
             }
@@ -281,8 +294,8 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
                     }
                     for (std::size_t i = begin; i < end; ++i) {
                         const TwoInputs& ahead = pairs[smaller(i + kPairsAtOnce, n_pairs + n_next - 1)];
-                        fetch_near(data + ahead.offsets[0]);
-                        fetch_near(data + ahead.offsets[1]);
+                        fetch_second(data + ahead.offsets[0]);
+                        fetch_second(data + ahead.offsets[1]);
                         const std::uint8_t* first = data + pairs[i].offsets[0];
                         const std::uint8_t* second = data + pairs[i].offsets[1];
                         const InputPair activations = input_pair(pairs[i].x);
@@ -362,7 +375,7 @@ inline void row_of_float_columns(const Matrix& matrix, const Activations& x, std
                                                       ? inputs[i + kColumnsAtOnce]
                                                       : chunk + kFloatChunk + 2 * (i + kColumnsAtOnce - count);
                         for (std::size_t byte = 0; byte < kUnitBytes; byte += kLineBytes) {
-                            fetch_near(reinterpret_cast<const std::uint8_t*>(data + ahead * padded_out) + byte);
+                            fetch_second(reinterpret_cast<const std::uint8_t*>(data + ahead * padded_out) + byte);
                         }
                         const F32x8 activation = broadcast(x.floats[inputs[i]]);
                         const Number* weights = data + inputs[i] * padded_out;
@@ -406,12 +419,11 @@ struct IntegerPanels {
             constexpr std::size_t kInputs = 2 * Tile::kPairs;
             for (std::size_t t = 0; t < kPanelVectors; ++t) {
                 const std::size_t tile = smaller(unit + t, end_unit - 1);
-                const std::uint8_t* data =
-                    matrix.data + (tile * matrix.padded_in() + begin) / kInputs * Tile::kBytes;
+                const std::uint8_t* data = matrix.data + (tile * matrix.padded_in() + begin) / kInputs * Tile::kBytes;
                 for (std::size_t pair = 0; pair < (end - begin) / 2; pair += Tile::kPairs) {
                     Pairs weights[Tile::kPairs];
                     Tile::unpack(data, weights);
-                    fetch(data + kAheadBytes);
+                    fetch_second(data + kAheadBytes);
                     data += Tile::kBytes;
 #pragma GCC unroll 4
                     for (std::size_t p = 0; p < Tile::kPairs; ++p) {
@@ -425,8 +437,8 @@ struct IntegerPanels {
             const std::size_t input_bytes = matrix.n_units() * kUnitBytes;
             const std::uint8_t* data = matrix.data + begin * input_bytes + unit * kUnitBytes;
             for (std::size_t pair = 0; pair < (end - begin) / 2; ++pair, data += 2 * input_bytes) {
-                fetch(data + kUnitBytes);
-                fetch(data + input_bytes + kUnitBytes);
+                fetch_second(data + kUnitBytes);
+                fetch_second(data + input_bytes + kUnitBytes);
 #pragma GCC unroll 8
                 for (std::size_t v = 0; v < kColumnsBlock / kLanes; v += Columns::kPairs) {
                     Pairs weights[Columns::kPairs];
@@ -574,10 +586,9 @@ inline void rows_of_floats(const Matrix& matrix, const Activations& x, std::size
             for (std::size_t i = 0; i < n_inputs; ++i) {
                 const Number* data = reinterpret_cast<const Number*>(matrix.data);
                 for (std::size_t v = 0; v < Shape::kOutputs / kLanes; ++v) {
-                    const std::size_t at =
-                        kLayout == Layout::kTiles
-                            ? (smaller(unit + v, end_unit - 1) * padded_in + chunk + i) * kLanes
-                            : (chunk + i) * matrix.padded_out() + unit * kColumnsBlock + v * kLanes;
+                    const std::size_t at = kLayout == Layout::kTiles
+                                               ? (smaller(unit + v, end_unit - 1) * padded_in + chunk + i) * kLanes
+                                               : (chunk + i) * matrix.padded_out() + unit * kColumnsBlock + v * kLanes;
                     store(panels[v / kPanelVectors][i] + v % kPanelVectors * kLanes, load_weights(data + at));
                 }
             }

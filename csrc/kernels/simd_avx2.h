@@ -10,23 +10,49 @@ struct I32x8 {
     __m256i v;
 };
 
-GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {_mm256_div_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return {_mm256_min_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return {_mm256_max_ps(a.v, b.v)}; }
-GOSLET_INLINE F32x8 abs(F32x8 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-GOSLET_INLINE F32x8 floor(F32x8 a) { return {_mm256_floor_ps(a.v)}; }
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) {
+    return {_mm256_add_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) {
+    return {_mm256_sub_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) {
+    return {_mm256_mul_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) {
+    return {_mm256_div_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) {
+    return {_mm256_min_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) {
+    return {_mm256_max_ps(a.v, b.v)};
+}
+GOSLET_INLINE F32x8 abs(F32x8 a) {
+    return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+}
+GOSLET_INLINE F32x8 floor(F32x8 a) {
+    return {_mm256_floor_ps(a.v)};
+}
 GOSLET_INLINE F32x8 round_even(F32x8 a) {
     return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
-GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {_mm256_add_epi32(a.v, b.v)}; }
-GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {_mm256_and_si256(a.v, b.v)}; }
-GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {_mm256_or_si256(a.v, b.v)}; }
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
+    return {_mm256_add_epi32(a.v, b.v)};
+}
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) {
+    return {_mm256_sub_epi32(a.v, b.v)};
+}
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) {
+    return {_mm256_and_si256(a.v, b.v)};
+}
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) {
+    return {_mm256_or_si256(a.v, b.v)};
+}
 template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {_mm256_slli_epi32(a.v, n)};
@@ -36,28 +62,56 @@ GOSLET_INLINE I32x8 shift_right(I32x8 a) {
     return {_mm256_srli_epi32(a.v, n)};
 }
 
-GOSLET_INLINE F32x8 zero() { return {_mm256_setzero_ps()}; }
-GOSLET_INLINE I32x8 zero_i32() { return {_mm256_setzero_si256()}; }
-GOSLET_INLINE F32x8 broadcast(float x) { return {_mm256_set1_ps(x)}; }
-GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) { return {_mm256_set1_epi32(x)}; }
-GOSLET_INLINE F32x8 load(const float* x) { return {_mm256_loadu_ps(x)}; }
-GOSLET_INLINE void store(float* x, F32x8 a) { _mm256_storeu_ps(x, a.v); }
+GOSLET_INLINE F32x8 zero() {
+    return {_mm256_setzero_ps()};
+}
+GOSLET_INLINE I32x8 zero_i32() {
+    return {_mm256_setzero_si256()};
+}
+GOSLET_INLINE F32x8 broadcast(float x) {
+    return {_mm256_set1_ps(x)};
+}
+GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) {
+    return {_mm256_set1_epi32(x)};
+}
+GOSLET_INLINE F32x8 load(const float* x) {
+    return {_mm256_loadu_ps(x)};
+}
+GOSLET_INLINE void store(float* x, F32x8 a) {
+    _mm256_storeu_ps(x, a.v);
+}
 GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
 }
-GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), a.v); }
+GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), a.v);
+}
 
 GOSLET_INLINE __m256i first_lanes(std::size_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) { return {_mm256_maskload_ps(x, first_lanes(n))}; }
-GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) { _mm256_maskstore_ps(x, first_lanes(n), a.v); }
+GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) {
+    return {_mm256_maskload_ps(x, first_lanes(n))};
+}
+GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) {
+    _mm256_maskstore_ps(x, first_lanes(n), a.v);
+}
 
-GOSLET_INLINE F32x8 to_f32(I32x8 a) { return {_mm256_cvtepi32_ps(a.v)}; }
-GOSLET_INLINE I32x8 to_i32(F32x8 a) { return {_mm256_cvtps_epi32(a.v)}; }
-GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {_mm256_castps_si256(a.v)}; }
-GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {_mm256_castsi256_ps(a.v)}; }
-GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) { return bits_of({_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}); }
+GOSLET_INLINE F32x8 to_f32(I32x8 a) {
+    return {_mm256_cvtepi32_ps(a.v)};
+}
+GOSLET_INLINE I32x8 to_i32(F32x8 a) {
+    return {_mm256_cvtps_epi32(a.v)};
+}
+GOSLET_INLINE I32x8 bits_of(F32x8 a) {
+    return {_mm256_castps_si256(a.v)};
+}
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) {
+    return {_mm256_castsi256_ps(a.v)};
+}
+GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
+    return bits_of({_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)});
+}
 GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(mask.v))};
 }
@@ -73,7 +127,9 @@ GOSLET_INLINE float largest(F32x8 a) {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const float* x) {
+    return load(x);
+}
 GOSLET_INLINE F32x8 load_weights(const F16* x) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
 }
@@ -93,8 +149,12 @@ GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
     std::memcpy(&both, x, sizeof both);
     return {_mm256_set1_epi32(both)};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return {_mm256_load_si256(&x->v)}; }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { _mm256_store_si256(&x->v, a.v); }
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+    return {_mm256_load_si256(&x->v)};
+}
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+    _mm256_store_si256(&x->v, a.v);
+}
 GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
 #ifdef GOSLET_VNNI
     return {_mm256_dpwssd_epi32(sum.v, weights.v, x.v)};

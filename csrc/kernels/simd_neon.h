@@ -10,23 +10,49 @@ struct I32x8 {
     int32x4_t low, high;
 };
 
-GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
-GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
-GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
-GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) {
+    return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
+}
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) {
+    return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)};
+}
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) {
+    return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)};
+}
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) {
+    return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)};
+}
 GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
     return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
 }
-GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
-GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)}; }
-GOSLET_INLINE F32x8 abs(F32x8 a) { return {vabsq_f32(a.low), vabsq_f32(a.high)}; }
-GOSLET_INLINE F32x8 floor(F32x8 a) { return {vrndmq_f32(a.low), vrndmq_f32(a.high)}; }
-GOSLET_INLINE F32x8 round_even(F32x8 a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) {
+    return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)};
+}
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) {
+    return {vmaxq_f32(a.low, b.low), vmaxq_f32(a.high, b.high)};
+}
+GOSLET_INLINE F32x8 abs(F32x8 a) {
+    return {vabsq_f32(a.low), vabsq_f32(a.high)};
+}
+GOSLET_INLINE F32x8 floor(F32x8 a) {
+    return {vrndmq_f32(a.low), vrndmq_f32(a.high)};
+}
+GOSLET_INLINE F32x8 round_even(F32x8 a) {
+    return {vrndnq_f32(a.low), vrndnq_f32(a.high)};
+}
 
-GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
-GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)}; }
-GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {vandq_s32(a.low, b.low), vandq_s32(a.high, b.high)}; }
-GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {vorrq_s32(a.low, b.low), vorrq_s32(a.high, b.high)}; }
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
+    return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)};
+}
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) {
+    return {vsubq_s32(a.low, b.low), vsubq_s32(a.high, b.high)};
+}
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) {
+    return {vandq_s32(a.low, b.low), vandq_s32(a.high, b.high)};
+}
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) {
+    return {vorrq_s32(a.low, b.low), vorrq_s32(a.high, b.high)};
+}
 template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {vshlq_n_s32(a.low, n), vshlq_n_s32(a.high, n)};
@@ -37,16 +63,28 @@ GOSLET_INLINE I32x8 shift_right(I32x8 a) {
             vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), n))};
 }
 
-GOSLET_INLINE F32x8 broadcast(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
-GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
-GOSLET_INLINE F32x8 zero() { return broadcast(0.0f); }
-GOSLET_INLINE I32x8 zero_i32() { return broadcast_i32(0); }
-GOSLET_INLINE F32x8 load(const float* x) { return {vld1q_f32(x), vld1q_f32(x + 4)}; }
+GOSLET_INLINE F32x8 broadcast(float x) {
+    return {vdupq_n_f32(x), vdupq_n_f32(x)};
+}
+GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) {
+    return {vdupq_n_s32(x), vdupq_n_s32(x)};
+}
+GOSLET_INLINE F32x8 zero() {
+    return broadcast(0.0f);
+}
+GOSLET_INLINE I32x8 zero_i32() {
+    return broadcast_i32(0);
+}
+GOSLET_INLINE F32x8 load(const float* x) {
+    return {vld1q_f32(x), vld1q_f32(x + 4)};
+}
 GOSLET_INLINE void store(float* x, F32x8 a) {
     vst1q_f32(x, a.low);
     vst1q_f32(x + 4, a.high);
 }
-GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) { return {vld1q_s32(x), vld1q_s32(x + 4)}; }
+GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
+    return {vld1q_s32(x), vld1q_s32(x + 4)};
+}
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
     vst1q_s32(x, a.low);
     vst1q_s32(x + 4, a.high);
@@ -62,10 +100,18 @@ GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) {
     std::memcpy(x, lanes, n * sizeof(float));
 }
 
-GOSLET_INLINE F32x8 to_f32(I32x8 a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
-GOSLET_INLINE I32x8 to_i32(F32x8 a) { return {vcvtnq_s32_f32(a.low), vcvtnq_s32_f32(a.high)}; }
-GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {vreinterpretq_s32_f32(a.low), vreinterpretq_s32_f32(a.high)}; }
-GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)}; }
+GOSLET_INLINE F32x8 to_f32(I32x8 a) {
+    return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)};
+}
+GOSLET_INLINE I32x8 to_i32(F32x8 a) {
+    return {vcvtnq_s32_f32(a.low), vcvtnq_s32_f32(a.high)};
+}
+GOSLET_INLINE I32x8 bits_of(F32x8 a) {
+    return {vreinterpretq_s32_f32(a.low), vreinterpretq_s32_f32(a.high)};
+}
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) {
+    return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)};
+}
 GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
     return {vreinterpretq_s32_u32(vcltq_f32(a.low, b.low)), vreinterpretq_s32_u32(vcltq_f32(a.high, b.high))};
 }
@@ -74,10 +120,16 @@ GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
             vbslq_f32(vreinterpretq_u32_s32(mask.high), a.high, b.high)};
 }
 
-GOSLET_INLINE float sum(F32x8 a) { return vaddvq_f32(vaddq_f32(a.low, a.high)); }
-GOSLET_INLINE float largest(F32x8 a) { return vmaxvq_f32(vmaxq_f32(a.low, a.high)); }
+GOSLET_INLINE float sum(F32x8 a) {
+    return vaddvq_f32(vaddq_f32(a.low, a.high));
+}
+GOSLET_INLINE float largest(F32x8 a) {
+    return vmaxvq_f32(vmaxq_f32(a.low, a.high));
+}
 
-GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const float* x) {
+    return load(x);
+}
 GOSLET_INLINE F32x8 load_weights(const F16* x) {
     const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(&x->bits));
     return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
@@ -100,8 +152,12 @@ GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
     std::memcpy(&both, x, sizeof both);
     return {vreinterpret_s16_s32(vdup_n_s32(both))};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return *x; }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { *x = a; }
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+    return *x;
+}
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+    *x = a;
+}
 GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
     sum.low = vmlal_lane_s16(sum.low, vget_low_s16(weights.first), x.v, 0);
     sum.high = vmlal_high_lane_s16(sum.high, weights.first, x.v, 0);
@@ -110,7 +166,9 @@ GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
     return sum;
 }
 
-GOSLET_INLINE int8x8_t load_bytes(const std::uint8_t* data) { return vreinterpret_s8_u8(vld1_u8(data)); }
+GOSLET_INLINE int8x8_t load_bytes(const std::uint8_t* data) {
+    return vreinterpret_s8_u8(vld1_u8(data));
+}
 
 struct Int8Tile {
     static constexpr std::size_t kPairs = 1;

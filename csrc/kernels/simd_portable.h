@@ -7,6 +7,8 @@ namespace {
 typedef float Float4 __attribute__((vector_size(16)));
 typedef std::int32_t Int4 __attribute__((vector_size(16)));
 typedef std::uint32_t Unsigned4 __attribute__((vector_size(16)));
+typedef std::uint16_t UnsignedShort4 __attribute__((vector_size(8)));
+typedef std::int8_t Byte4 __attribute__((vector_size(4)));
 
 struct F32x8 {
     Float4 low, high;
@@ -15,16 +17,34 @@ struct I32x8 {
     Int4 low, high;
 };
 
-GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) { return {a.low + b.low, a.high + b.high}; }
-GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) { return {a.low - b.low, a.high - b.high}; }
-GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) { return {a.low * b.low, a.high * b.high}; }
-GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) { return {a.low / b.low, a.high / b.high}; }
-GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) { return a * b + c; }
+GOSLET_INLINE F32x8 operator+(F32x8 a, F32x8 b) {
+    return {a.low + b.low, a.high + b.high};
+}
+GOSLET_INLINE F32x8 operator-(F32x8 a, F32x8 b) {
+    return {a.low - b.low, a.high - b.high};
+}
+GOSLET_INLINE F32x8 operator*(F32x8 a, F32x8 b) {
+    return {a.low * b.low, a.high * b.high};
+}
+GOSLET_INLINE F32x8 operator/(F32x8 a, F32x8 b) {
+    return {a.low / b.low, a.high / b.high};
+}
+GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
+    return a * b + c;
+}
 
-GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) { return {a.low + b.low, a.high + b.high}; }
-GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) { return {a.low - b.low, a.high - b.high}; }
-GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) { return {a.low & b.low, a.high & b.high}; }
-GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) { return {a.low | b.low, a.high | b.high}; }
+GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
+    return {a.low + b.low, a.high + b.high};
+}
+GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) {
+    return {a.low - b.low, a.high - b.high};
+}
+GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) {
+    return {a.low & b.low, a.high & b.high};
+}
+GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) {
+    return {a.low | b.low, a.high | b.high};
+}
 template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {(Int4)((Unsigned4)a.low << n), (Int4)((Unsigned4)a.high << n)};
@@ -42,37 +62,59 @@ GOSLET_INLINE I32x8 broadcast_i32(std::int32_t x) {
     const Int4 four = {x, x, x, x};
     return {four, four};
 }
-GOSLET_INLINE F32x8 zero() { return broadcast(0.0f); }
-GOSLET_INLINE I32x8 zero_i32() { return broadcast_i32(0); }
+GOSLET_INLINE F32x8 zero() {
+    return broadcast(0.0f);
+}
+GOSLET_INLINE I32x8 zero_i32() {
+    return broadcast_i32(0);
+}
 GOSLET_INLINE F32x8 load(const float* x) {
     F32x8 a;
     std::memcpy(&a, x, sizeof a);
     return a;
 }
-GOSLET_INLINE void store(float* x, F32x8 a) { std::memcpy(x, &a, sizeof a); }
+GOSLET_INLINE void store(float* x, F32x8 a) {
+    std::memcpy(x, &a, sizeof a);
+}
 GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
     I32x8 a;
     std::memcpy(&a, x, sizeof a);
     return a;
 }
-GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) { std::memcpy(x, &a, sizeof a); }
+GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
+    std::memcpy(x, &a, sizeof a);
+}
 GOSLET_INLINE F32x8 load_partial(const float* x, std::size_t n) {
     float lanes[8] = {};
     std::memcpy(lanes, x, n * sizeof(float));
     return load(lanes);
 }
-GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) { std::memcpy(x, &a, n * sizeof(float)); }
+GOSLET_INLINE void store_partial(float* x, F32x8 a, std::size_t n) {
+    std::memcpy(x, &a, n * sizeof(float));
+}
 
-GOSLET_INLINE I32x8 bits_of(F32x8 a) { return {(Int4)a.low, (Int4)a.high}; }
-GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) { return {(Float4)a.low, (Float4)a.high}; }
-GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) { return {(Int4)(a.low < b.low), (Int4)(a.high < b.high)}; }
+GOSLET_INLINE I32x8 bits_of(F32x8 a) {
+    return {(Int4)a.low, (Int4)a.high};
+}
+GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) {
+    return {(Float4)a.low, (Float4)a.high};
+}
+GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
+    return {(Int4)(a.low < b.low), (Int4)(a.high < b.high)};
+}
 GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
     const I32x8 other = {~mask.low, ~mask.high};
     return f32_of_bits((bits_of(a) & mask) | (bits_of(b) & other));
 }
-GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) { return select(less(a, b), a, b); }
-GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) { return select(less(b, a), a, b); }
-GOSLET_INLINE F32x8 abs(F32x8 a) { return f32_of_bits(bits_of(a) & broadcast_i32(0x7FFFFFFF)); }
+GOSLET_INLINE F32x8 min(F32x8 a, F32x8 b) {
+    return select(less(a, b), a, b);
+}
+GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) {
+    return select(less(b, a), a, b);
+}
+GOSLET_INLINE F32x8 abs(F32x8 a) {
+    return f32_of_bits(bits_of(a) & broadcast_i32(0x7FFFFFFF));
+}
 
 GOSLET_INLINE F32x8 to_f32(I32x8 a) {
     return {__builtin_convertvector(a.low, Float4), __builtin_convertvector(a.high, Float4)};
@@ -100,16 +142,18 @@ GOSLET_INLINE float largest(F32x8 a) {
     return even > odd ? even : odd;
 }
 
-GOSLET_INLINE I32x8 load_u16(const void* x) {
-    std::uint16_t narrow[8];
-    std::memcpy(narrow, x, sizeof narrow);
-    const Int4 low = {narrow[0], narrow[1], narrow[2], narrow[3]};
-    const Int4 high = {narrow[4], narrow[5], narrow[6], narrow[7]};
-    return {low, high};
+// Eight small integers in memory, each as 32 bits.
+template <typename Small4>
+GOSLET_INLINE I32x8 load_small(const void* x) {
+    Small4 small[2];
+    std::memcpy(small, x, sizeof small);
+    return {__builtin_convertvector(small[0], Int4), __builtin_convertvector(small[1], Int4)};
 }
-GOSLET_INLINE F32x8 load_weights(const float* x) { return load(x); }
+GOSLET_INLINE F32x8 load_weights(const float* x) {
+    return load(x);
+}
 GOSLET_INLINE F32x8 load_weights(const F16* x) {
-    const I32x8 half = load_u16(x);
+    const I32x8 half = load_small<UnsignedShort4>(x);
     const I32x8 magnitude = shift_left<13>(half & broadcast_i32(0x7FFF));
     // The exponents' biases differ by 112; the product also makes a subnormal half a normal float.
     const F32x8 finite = f32_of_bits(magnitude) * f32_of_bits(broadcast_i32((127 + 112) << 23));
@@ -117,7 +161,9 @@ GOSLET_INLINE F32x8 load_weights(const F16* x) {
     const F32x8 value = select(ordinary, finite, f32_of_bits(magnitude | broadcast_i32(0x7F800000)));
     return f32_of_bits(bits_of(value) | shift_left<16>(half & broadcast_i32(0x8000)));
 }
-GOSLET_INLINE F32x8 load_weights(const Bf16* x) { return f32_of_bits(shift_left<16>(load_u16(x))); }
+GOSLET_INLINE F32x8 load_weights(const Bf16* x) {
+    return f32_of_bits(shift_left<16>(load_small<UnsignedShort4>(x)));
+}
 
 struct Pairs {
     I32x8 v;  // 16-bit lane 2 · output + input
@@ -130,8 +176,12 @@ GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
     std::memcpy(&both, x, sizeof both);
     return {broadcast_i32(both).low};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) { return *x; }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) { *x = a; }
+GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+    return *x;
+}
+GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+    *x = a;
+}
 
 GOSLET_INLINE Int4 dot(Int4 sum, Int4 weights, Int4 x) {
 #ifdef __SSE2__
@@ -186,12 +236,9 @@ struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
     static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
                                      Pairs* pairs) {
-        std::int16_t lanes[16];
-        for (std::size_t i = 0; i < 8; ++i) {
-            lanes[2 * i] = static_cast<std::int8_t>(first[8 * vector + i]);
-            lanes[2 * i + 1] = static_cast<std::int8_t>(second[8 * vector + i]);
-        }
-        pairs[0] = pairs_of(lanes);
+        const I32x8 x1 = load_small<Byte4>(first + 8 * vector);
+        const I32x8 x2 = load_small<Byte4>(second + 8 * vector);
+        pairs[0] = {(x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2)};
     }
 };
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..enginefile import EngineFile
 
 PLANNED = {"trt": "the TensorRT backend"}
-DEFAULT = "ort"
+DEFAULT = "native"
 NAMES = ("native", "ort", "trt")
 DEVICES = ("cpu", "cuda")
 

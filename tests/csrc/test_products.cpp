@@ -10,14 +10,14 @@
 #include <string>
 #include <vector>
 
-#include "kernels/kernels.h"
 #include "check.h"
+#include "kernels/kernels.h"
 
 using namespace goslet;
 
 namespace {
 
-constexpr double kUnit = 0x1p-24;           // half a unit in the last place, relative
+constexpr double kUnit = 0x1p-24;  // half a unit in the last place, relative
 constexpr double kSmallestFloat = 0x1p-149;
 
 enum class Data { kOrdinary, kLargest, kTiny };
@@ -38,7 +38,7 @@ float f32_of_bits(std::uint32_t bits) {
 // One matrix as plain rows and packed.
 struct Weights {
     Matrix matrix;
-    std::vector<double> values;  // (n_out, n_in): numbers, for integer formats without their scale
+    std::vector<double> values;        // (n_out, n_in): numbers, for integer formats without their scale
     std::vector<double> group_scales;  // (n_out, n_groups)
     std::vector<std::uint8_t> data;
     std::vector<std::uint16_t> scales;
@@ -64,8 +64,7 @@ Stored random_number(Format format, Data data, std::mt19937& random) {
             return {bits, f32_of_bits(bits)};
         }
         case Format::kF16: {
-            const std::uint32_t exponent =
-                data == Data::kTiny ? 0 : (data == Data::kLargest ? 30 : 1 + random() % 20);
+            const std::uint32_t exponent = data == Data::kTiny ? 0 : (data == Data::kLargest ? 30 : 1 + random() % 20);
             const std::uint32_t bits = sign << 15 | exponent << 10 | (random() & 0x3FF);
             return {bits, f16_value(static_cast<std::uint16_t>(bits))};
         }
@@ -81,8 +80,7 @@ Stored random_number(Format format, Data data, std::mt19937& random) {
             return {static_cast<std::uint8_t>(value), static_cast<double>(value)};
         }
         case Format::kInt4: {
-            const int value =
-                data == Data::kLargest ? (sign != 0 ? -8 : 7) : static_cast<int>(random() % 16) - 8;
+            const int value = data == Data::kLargest ? (sign != 0 ? -8 : 7) : static_cast<int>(random() % 16) - 8;
             return {static_cast<std::uint8_t>(value + 8), static_cast<double>(value)};
         }
     }
@@ -96,8 +94,8 @@ std::uint16_t random_scale(Data data, std::mt19937& random) {
         case 1:
             return static_cast<std::uint16_t>(random() & 0x3FF);  // subnormal
         default:
-            return static_cast<std::uint16_t>(
-                ((data == Data::kTiny ? 1 : 1 + random() % 15) << 10) | (random() & 0x3FF));
+            return static_cast<std::uint16_t>(((data == Data::kTiny ? 1 : 1 + random() % 15) << 10) |
+                                              (random() & 0x3FF));
     }
 }
 
@@ -172,14 +170,15 @@ struct Inputs {
     Activations rows(const Matrix& matrix, std::size_t first, std::size_t n_rows) const {
         const std::size_t n_groups = matrix.n_groups();
         if (is_integer(matrix.format)) {
-            return {n_rows, stride, nullptr, &integers[first * stride], &scales[first * n_groups],
-                    &sums[first * n_groups]};
+            return {
+                n_rows, stride, nullptr, &integers[first * stride], &scales[first * n_groups], &sums[first * n_groups]};
         }
         return {n_rows, stride, &floats[first * stride], nullptr, nullptr, nullptr};
     }
 };
 
-// kMaxRows rows: of every four, one with zeros as a squared ReLU leaves them, one of zeros only (the second), two dense.
+// kMaxRows rows: of every four, one with zeros as a squared ReLU leaves them, one of zeros only (the second), two
+// dense.
 Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
     Inputs inputs;
     const std::size_t n_groups = matrix.n_groups();
@@ -239,8 +238,7 @@ Expected expect(const Weights& weights, const Inputs& inputs) {
                 total += term;
                 size += std::fabs(term);
             }
-            const auto n_roundings =
-                static_cast<double>(matrix.group == 0 ? (matrix.n_in + 1) / 2 + 2 : n_groups + 2);
+            const auto n_roundings = static_cast<double>(matrix.group == 0 ? (matrix.n_in + 1) / 2 + 2 : n_groups + 2);
             expected.values.push_back(total);
             expected.tolerances.push_back(1.001 * n_roundings * kUnit * size +
                                           static_cast<double>(matrix.n_in) * kSmallestFloat);
@@ -272,7 +270,9 @@ Outputs product(const Kernels& kernels, const Matrix& matrix, const Activations&
     return out;
 }
 
-bool same_bits(const float* a, const float* b, std::size_t n) { return std::memcmp(a, b, n * sizeof(float)) == 0; }
+bool same_bits(const float* a, const float* b, std::size_t n) {
+    return std::memcmp(a, b, n * sizeof(float)) == 0;
+}
 
 std::string describe(const Kernels& kernels, const Matrix& matrix) {
     static const char* const kFormats[] = {"f32", "f16", "bf16", "int8", "int4"};
@@ -353,8 +353,8 @@ void check_products(const std::vector<std::size_t>& sizes_out, const std::vector
                 }
                 for (const std::size_t n_out : sizes_out) {
                     for (const std::size_t n_in : sizes_in) {
-                        const Weights weights = make_weights(format, layout, is_integer(format) ? group : 0, n_out,
-                                                             n_in, kind, random);
+                        const Weights weights =
+                            make_weights(format, layout, is_integer(format) ? group : 0, n_out, n_in, kind, random);
                         const Inputs inputs = make_inputs(weights.matrix, kind, random);
                         const Expected expected = expect(weights, inputs);
                         for (const Isa isa : available_isas()) {
@@ -372,14 +372,22 @@ void check_products(const std::vector<std::size_t>& sizes_out, const std::vector
 
 }  // namespace
 
-TEST(products_of_awkward_sizes) { check_products({1, 7, 8, 9, 63, 65, 130}, {1, 31, 33, 100, 257}, Data::kOrdinary); }
+TEST(products_of_awkward_sizes) {
+    check_products({1, 7, 8, 9, 63, 65, 130}, {1, 31, 33, 100, 257}, Data::kOrdinary);
+}
 
-TEST(products_of_a_layers_size) { check_products({24, 1100}, {768}, Data::kOrdinary); }
+TEST(products_of_a_layers_size) {
+    check_products({24, 1100}, {768}, Data::kOrdinary);
+}
 
 // Sums of 128 products of 127 and 32767 must fit; half-precision weights go up to 65504.
-TEST(products_of_the_largest_numbers) { check_products({9, 65}, {33, 257}, Data::kLargest); }
+TEST(products_of_the_largest_numbers) {
+    check_products({9, 65}, {33, 257}, Data::kLargest);
+}
 
-TEST(products_of_subnormal_numbers) { check_products({9, 65}, {33, 257}, Data::kTiny); }
+TEST(products_of_subnormal_numbers) {
+    check_products({9, 65}, {33, 257}, Data::kTiny);
+}
 
 // All weights and all activations of one sign: the largest sum there is, which random signs stay far below.
 TEST(sums_do_not_overflow) {
@@ -405,8 +413,8 @@ TEST(sums_do_not_overflow) {
                 inputs.sums = {8 * 128 * integer, 8 * 128 * integer};
                 for (const Isa isa : available_isas()) {
                     for (const std::size_t n_rows : {1, 2}) {
-                        const Outputs out = product(kernels_for(isa), weights.matrix,
-                                                    inputs.rows(weights.matrix, 0, n_rows), false);
+                        const Outputs out =
+                            product(kernels_for(isa), weights.matrix, inputs.rows(weights.matrix, 0, n_rows), false);
                         const double expected = 128.0 * weight * integer;
                         CHECK_CLOSE(out.row(n_rows - 1)[63], expected, kUnit * std::fabs(expected));
                     }

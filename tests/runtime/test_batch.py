@@ -28,7 +28,7 @@ pytest.importorskip("onnxruntime", reason="the ort backend needs onnxruntime")
 
 BACKENDS = ("ort", "native")
 # A thread that has not ended by then waits for ever.
-DEADLOCK_S = 60
+DEADLOCK_S = 30
 
 
 @pytest.fixture(

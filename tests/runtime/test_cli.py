@@ -312,7 +312,7 @@ def test_inspect_loads_no_backend_and_no_torch(tiny_engine: Path) -> None:
 
 def test_inspect_check_finds_a_changed_weight(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
     with EngineFile.open(tiny_engine) as file:
-        weights = bytes(file.weight("head.weight").data.reshape(-1)[:64])
+        weights = bytes(file.packed("head.weight").data[:64])
     damaged = bytearray(tiny_engine.read_bytes())
     damaged[damaged.index(weights)] ^= 1
     path = tmp_path / "damaged.goslet"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import goslet
-from goslet import benchmark
+from goslet import _native, benchmark
 from goslet.enginefile import EngineFile
 from goslet.evaluation import evaluate_text
+from goslet.machine import cpu_model
 from goslet.tokenizer import BytesTokenizer
 
 from .command_line import Run, assert_one_line_error
@@ -92,8 +93,9 @@ def quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_bench")
-def test_bench_reports_its_figures(run: Run, tiny_engines: dict[str, Path]) -> None:
-    outcome = run("bench", tiny_engines["int8"], "--json", "--threads", 2)
+@pytest.mark.parametrize("backend", ["native", "ort"])
+def test_bench_reports_its_figures(backend: str, run: Run, tiny_engines: dict[str, Path]) -> None:
+    outcome = run("bench", tiny_engines["int8"], "--json", "--threads", 2, "--backend", backend)
     assert outcome.code == 0
     report = json.loads(outcome.out)
     rate = report["tokens_per_s"]
@@ -101,6 +103,7 @@ def test_bench_reports_its_figures(run: Run, tiny_engines: dict[str, Path]) -> N
     assert report["decode_steps"] >= benchmark.MIN_STEPS
     assert report["machine"]["threads"] == 2
     assert report["machine"]["cpu"]
+    assert report["backend"] == backend
     share = report["bytes_per_token"] * rate["median"] / (report["bandwidth_gb_s"] * 1e9)
     assert report["share_of_bandwidth"] == pytest.approx(share)
 
@@ -108,14 +111,24 @@ def test_bench_reports_its_figures(run: Run, tiny_engines: dict[str, Path]) -> N
     stored_bytes = sum(entry["bytes"] for entry in inspected["formats"].values())
     with EngineFile.open(tiny_engines["int8"]) as file:
         embedding_bytes = file.weight("emb.weight").size_bytes
+        skippable_bytes = sum(file.packed(f"blocks.{layer}.ffn.value.weight").data.nbytes for layer in range(2))
     expected = stored_bytes - embedding_bytes + embedding_bytes // 256 + inspected["state_size_bytes"]
-    assert report["bytes_per_token"] == expected
+    if backend == "ort":
+        assert (report["density"], report["isa"]) == (None, None)
+        assert report["bytes_per_token"] == expected
+    else:
+        # relu² of a random model's keys, which are as often negative as positive.
+        assert 0.3 < report["density"] < 0.7
+        assert report["isa"] in _native.available_isas()
+        skipped_bytes = (1 - report["density"]) * skippable_bytes
+        assert report["bytes_per_token"] == pytest.approx(expected - skipped_bytes, abs=2)  # each weight is rounded
 
 
 @pytest.mark.usefixtures("quick_bench")
 def test_bench_for_people(run: Run, tiny_engine: Path) -> None:
     lines = run("bench", tiny_engine).out.splitlines()
-    assert benchmark.cpu_model() in lines[0]
+    assert cpu_model() in lines[0]
+    assert "backend native (" in lines[0]
     assert lines[1].startswith("decode")
     assert lines[2].startswith("prefill")
 

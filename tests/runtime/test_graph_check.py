@@ -120,7 +120,7 @@ def test_no_engine_reads_a_file_of_the_machine(
     leak(model, str(folder / "secret.txt") if location == "absolute" else location)
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
     with pytest.raises(BackendError, match=r"x\.goslet: section graph.*(from a file|not a step's operator)"):
-        goslet.open(path)
+        goslet.open(path, backend="ort")
     assert handed_over == []
 
 
@@ -135,7 +135,7 @@ def test_engines_that_hang_or_bring_weights_of_their_own(
     edit(model)
     path = rewritten(tiny_engine, tmp_path / "x.goslet", graph=model.SerializeToString())
     with pytest.raises(BackendError, match=words):
-        goslet.open(path)
+        goslet.open(path, backend="ort")
     assert handed_over == []
 
 
@@ -371,4 +371,4 @@ def test_tensors_that_no_graph_could_have(
         sources.append(TensorSource(name, weight.format, weight.shape, lambda weight=weight: weight))
     path = rewritten(tiny_engine, tmp_path / "x.goslet", tensors=sources)
     with pytest.raises(HeaderError, match=rf"x\.goslet: {words}"):
-        goslet.open(path)
+        goslet.open(path, backend="ort")
