@@ -7,7 +7,7 @@
 - Graph: the engine's graph, run in float32, against the torch step on the engine's own dequantized weights. Errors are
   parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
   orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
-- Backend: the backend as it is used, which rounds activations to int8 where a weight is quantized. What that explains
+- Backend: the backend as it is used, which rounds activations to 8 or 16 bits where a weight is quantized. What that explains
   is measured by running the torch step a second time with activations rounded alike; `ACTIVATION_FACTOR` times that
   is allowed on top of `FLOAT_LIMIT`, since two ways of rounding need not err in the same direction.
 
@@ -110,21 +110,22 @@ class VerifyReport:
 
 
 class _RoundedActivationOps(EagerOps):
-    """Rounds the input of every quantized product to int8, one scale for each of the weight's groups."""
+    """Rounds the input of every quantized product to integers, one scale for each of the weight's groups."""
 
-    def __init__(self, weights: dict[str, Tensor], groups: dict[str, int | None]) -> None:
+    def __init__(self, weights: dict[str, Tensor], groups: dict[str, int | None], bits: int) -> None:
         super().__init__(weights)
         self._groups = groups
+        self._largest = 2 ** (bits - 1) - 1
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         group = self._groups[name]
-        return super().linear(name, x if group is None else _round_activations(x, group))
+        return super().linear(name, x if group is None else _round_activations(x, group, self._largest))
 
 
-def _round_activations(x: Tensor, group: int) -> Tensor:
+def _round_activations(x: Tensor, group: int, largest: int) -> Tensor:
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -width % group)).reshape(*x.shape[:-1], -1, group)
-    scale = padded.abs().amax(-1, keepdim=True) / 127
+    scale = padded.abs().amax(-1, keepdim=True) / largest
     rounded = torch.round(padded / torch.where(scale == 0, 1.0, scale)) * scale
     return rounded.flatten(-2)[..., :width]
 
@@ -176,7 +177,8 @@ def verify_engine(
         expected = _run_torch(version, spec, EagerOps(own), own[EMBEDDING], tokens)
         report_progress("stepping", 2, 5)
         groups = {name: entry.format.group for name, entry in file.tensors.items()}
-        rounded = _run_torch(version, spec, _RoundedActivationOps(own, groups), own[EMBEDDING], tokens)
+        rounding = _RoundedActivationOps(own, groups, opened.backend.activation_bits)
+        rounded = _run_torch(version, spec, rounding, own[EMBEDDING], tokens)
         del own
         report_progress("stepping", 3, 5)
         graph = _run_session(Engine(file, OrtBackend(file, threads, exact=True), None).session(), tokens)

@@ -27,7 +27,6 @@ namespace {
 
 // 16 registers: 4 rows of 2 vectors leave room for the operands.
 constexpr std::size_t kRowsAtOnce = 4;
-constexpr std::size_t kIntegerTilesAtOnce = 1;
 constexpr std::size_t kFloatTilesAtOnce = 4;
 
 }  // namespace

@@ -28,7 +28,6 @@ namespace {
 
 // 32 registers: 8 rows of 2 vectors leave room for the operands.
 constexpr std::size_t kRowsAtOnce = 8;
-constexpr std::size_t kIntegerTilesAtOnce = 1;
 constexpr std::size_t kFloatTilesAtOnce = 4;
 
 }  // namespace

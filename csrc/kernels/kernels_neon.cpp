@@ -18,7 +18,6 @@ namespace {
 
 // 32 registers of 16 bytes: 4 rows of 2 vectors take 16.
 constexpr std::size_t kRowsAtOnce = 4;
-constexpr std::size_t kIntegerTilesAtOnce = 1;
 constexpr std::size_t kFloatTilesAtOnce = 4;
 
 }  // namespace

@@ -17,7 +17,6 @@ namespace goslet {
 namespace {
 
 constexpr std::size_t kRowsAtOnce = 2;
-constexpr std::size_t kIntegerTilesAtOnce = 1;
 constexpr std::size_t kFloatTilesAtOnce = 2;
 
 }  // namespace

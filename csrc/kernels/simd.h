@@ -15,8 +15,8 @@
 //   Pairs                    eight outputs' weights for two inputs;  store_pairs, load_pairs keep them in memory
 //   InputPair                the two inputs' activations for all lanes;  input_pair(pointer to two int16)
 //   dot(sum, Pairs, InputPair)   sum + weight · activation of both inputs
-//   Int8Tile, Int4Tile       unpack consecutive inputs of a tile
-//   Int8Columns, Int4Columns unpack two inputs of a block of columns
+//   Int8Tile, Int4Tile       unpack kBytes of a tile: its next 2 · kPairs inputs
+//   Int8Columns, Int4Columns unpack two inputs of a block of columns: kPairs vectors of outputs, from `vector` on
 //
 //   pack_i16(pointer, F32x8) eight floats, rounded to the nearest, as int16
 #pragma once

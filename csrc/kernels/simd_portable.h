@@ -155,10 +155,13 @@ GOSLET_INLINE F32x8 load_weights(const float* x) {
 GOSLET_INLINE F32x8 load_weights(const F16* x) {
     const I32x8 half = load_small<UnsignedShort4>(x);
     const I32x8 magnitude = shift_left<13>(half & broadcast_i32(0x7FFF));
-    // The exponents' biases differ by 112; the product also makes a subnormal half a normal float.
-    const F32x8 finite = f32_of_bits(magnitude) * f32_of_bits(broadcast_i32((127 + 112) << 23));
-    const I32x8 ordinary = less(finite, broadcast(65536.0f));
-    const F32x8 value = select(ordinary, finite, f32_of_bits(magnitude | broadcast_i32(0x7F800000)));
+    // The exponents' biases differ by 112. A subnormal half has one exponent more and no leading one, which is taken
+    // off; arithmetic on subnormal floats would be slow.
+    const F32x8 normal = f32_of_bits(magnitude + broadcast_i32(112 << 23));
+    const F32x8 subnormal = f32_of_bits(magnitude + broadcast_i32(113 << 23)) - broadcast(0x1p-14f);
+    const F32x8 finite = select(less(normal, broadcast(0x1p-14f)), subnormal, normal);
+    const F32x8 value =
+        select(less(normal, broadcast(0x1p16f)), finite, f32_of_bits(magnitude | broadcast_i32(0x7F800000)));
     return f32_of_bits(bits_of(value) | shift_left<16>(half & broadcast_i32(0x8000)));
 }
 GOSLET_INLINE F32x8 load_weights(const Bf16* x) {

@@ -45,6 +45,7 @@ class NativeBackend(Backend):
 
     name = "native"
     in_place = True
+    activation_bits = 16
 
     def __init__(
         self, file: EngineFile, threads: int | None = None, *, pin: bool = False, skip_zeros: bool = True

@@ -55,6 +55,7 @@ class OrtBackend(Backend):
 
     name = "ort"
     in_place = False
+    activation_bits = 8
 
     def __init__(self, file: EngineFile, threads: int | None = None, *, exact: bool = False) -> None:
         if importlib.util.find_spec("onnxruntime") is None:

@@ -133,7 +133,7 @@ def test_self_contained_onnx_equals_the_engine(one_layer: Path, tmp_path: Path) 
         alone = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
         )
-        with goslet.open(tmp_path / f"{quant}.goslet") as engine:
+        with goslet.open(tmp_path / f"{quant}.goslet", backend="ort") as engine:
             session = engine.session()
             state = {f"state_in.{name}": view[None].copy() for name, view in session.state.front.items()}
             for token in (3, 250):

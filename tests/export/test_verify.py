@@ -21,13 +21,16 @@ from goslet.export.verify import verify_engine  # noqa: E402
 from goslet.weights import decode, encode  # noqa: E402
 
 
+@pytest.mark.parametrize("backend", ["native", "ort"])
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
-def test_sound_engine_passes(quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
-    report = verify_engine(tiny_engines[quant], tiny_checkpoint)
+def test_sound_engine_passes(
+    quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path
+) -> None:
+    report = verify_engine(tiny_engines[quant], tiny_checkpoint, backend=backend)
     assert report.passed, report
     parts = ("logits", "att_shift", "wkv", "ffn_shift")
     steps = {check.name: check for check in report.checks if not check.name.startswith("weights")}
-    assert set(steps) == {f"{what} {part}" for what in ("graph", "ort") for part in parts}
+    assert set(steps) == {f"{what} {part}" for what in ("graph", backend) for part in parts}
     assert all(check.limit == 3e-5 for name, check in steps.items() if name.startswith("graph"))
     assert {check.name for check in report.checks if check.name not in steps} >= {"weights f32"}
     if quant == "f32":
@@ -61,8 +64,9 @@ def rewritten(
     change_graph: Callable[[onnx.ModelProto], None] | None = None,
     weights: Mapping[str, str] | None = None,
     change_weight: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    change_program: Callable[[bytes], bytes] = bytes,
 ) -> Path:
-    """A well-formed engine with valid checksums and a fault: another graph, swapped names, or other weights."""
+    """A well-formed engine with valid checksums and a fault: another graph or program, swapped names, other weights."""
     with EngineFile.open(source) as file:
         model = onnx.ModelProto.FromString(bytes(file.graph_bytes))
         if change_graph is not None:
@@ -82,7 +86,7 @@ def rewritten(
             graph_info={"format": "onnx", "opset": 21},
             tensors=tensors,
             tokenizer=("bytes", b""),
-            program=None,
+            program=change_program(bytes(file.program_bytes or b"")),
             provenance={},
             overwrite=False,
         )
@@ -91,7 +95,7 @@ def rewritten(
 
 
 def failed(path: Path, checkpoint: Path) -> set[str]:
-    """What kinds of check an engine fails: weights, graph or ort."""
+    """What kinds of check an engine fails: weights, graph or native."""
     report = verify_engine(path, checkpoint)
     assert report.differences == ()
     assert report.passed == all(check.passed for check in report.checks)
@@ -126,6 +130,27 @@ def test_a_graph_that_is_not_the_step_fails(
 
 
 @pytest.mark.parametrize("quant", ["f32", "int4"])
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        (b'"activation":"tanh"', b'"activation":"sigmoid"'),
+        (b'"eps":0.00064', b'"eps":0.00001'),
+        (b'"blocks.1.att.x_a"', b'"blocks.1.att.x_k"'),
+        (b'"bias":"blocks.1.att.v0"', b'"bias":null'),
+    ],
+)
+def test_a_program_that_is_not_the_step_fails(
+    quant: str, was: bytes, becomes: bytes, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def change(program: bytes) -> bytes:
+        assert was in program
+        return program.replace(was, becomes)
+
+    path = rewritten(tiny_engines[quant], tmp_path / "x.goslet", change_program=change)
+    assert failed(path, tiny_checkpoint) == {"native"}
+
+
+@pytest.mark.parametrize("quant", ["f32", "int4"])
 def test_weights_that_are_not_the_checkpoints_fail(
     quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -149,9 +174,9 @@ def test_weights_that_are_not_the_checkpoints_fail(
 def test_backend_that_errs_more_than_its_rounding_explains(
     tiny_engines: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend whose logits are off by three times what int8 activations cost here: the graph's checks still pass."""
+    """A backend whose logits are off by half more than what rounded activations explain: the graph's checks still pass."""
     sound = verify_engine(tiny_engines["int4"], tiny_checkpoint)
-    (limit,) = (check.limit for check in sound.checks if check.name == "ort logits")
+    (limit,) = (check.limit for check in sound.checks if check.name == "native logits")
     run = verify._run_session
     calls = []
 
@@ -164,7 +189,7 @@ def test_backend_that_errs_more_than_its_rounding_explains(
 
     monkeypatch.setattr(verify, "_run_session", off)
     report = verify_engine(tiny_engines["int4"], tiny_checkpoint)
-    assert [check.name for check in report.checks if not check.passed] == ["ort logits"]
+    assert [check.name for check in report.checks if not check.passed] == ["native logits"]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -185,7 +210,7 @@ def test_a_nan_in_any_state_fails(
 
     monkeypatch.setattr(verify, "_run_session", broken)
     report = verify_engine(tiny_engines["f32"], tiny_checkpoint, n_tokens=2)
-    assert {check.name for check in report.checks if not check.passed} == {f"graph {part}", f"ort {part}"}
+    assert {check.name for check in report.checks if not check.passed} == {f"graph {part}", f"native {part}"}
 
 
 def test_a_flipped_weight_bit_is_found_by_checksum(

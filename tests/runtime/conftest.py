@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import ctypes
 import io
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import goslet
 from goslet import cli
 
+from . import capi
 from .command_line import Outcome, Run
 
 
@@ -21,3 +26,30 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, *capsys.readouterr())
 
     return run_command
+
+
+@pytest.fixture(scope="session")
+def c_library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared library with the C interface."""
+    return capi.build(repository / "csrc", tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="session")
+def c_api(c_library: Path) -> ctypes.CDLL:
+    """The functions of the C interface."""
+    return capi.load(c_library)
+
+
+@pytest.fixture
+def c_engine(c_api: ctypes.CDLL, tiny_engine: Path) -> Iterator[capi.CEngine]:
+    """The float32 engine of `tiny_checkpoint`, opened in C."""
+    opened = capi.CEngine(c_api, tiny_engine)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def ort_engine(tiny_engine: Path) -> Iterator[goslet.Engine]:
+    """The same engine on ONNX Runtime, with which the C library has no code in common."""
+    with goslet.open(tiny_engine, backend="ort", threads=1) as opened:
+        yield opened

@@ -242,10 +242,10 @@ def test_a_call_from_a_signal_handler_within_a_batch_is_refused(
     sessions, outside = begun_sessions(engine, 2), engine.session()
     alone = [session.fork() for session in sessions]
     calls: list[Callable[[], object]] = [
-        lambda: sessions[0].feed([1]),
-        sessions[1].fork,
         outside.reset,
         lambda: engine.step_batch([outside], [1]),
+        lambda: sessions[0].feed([1]),
+        sessions[1].fork,
         lambda: engine.step_batch(sessions, [1, 2]),
     ]
     refused = 0

@@ -324,9 +324,9 @@ def test_other_calls_wait_for_a_feed(
 def test_a_call_from_a_signal_handler_within_a_call_is_refused(engine: goslet.Engine, tmp_path: Path) -> None:
     session, other, alone = engine.session(), engine.session(), engine.session()
     calls: dict[str, Callable[[], object]] = {
-        "feed": lambda: session.feed([1]),
         "feed of another": lambda: other.feed([1]),
         "step_batch": lambda: engine.step_batch([other], [1]),
+        "feed": lambda: session.feed([1]),
         "fork": session.fork,
         "reset": session.reset,
         "save": lambda: session.save(tmp_path / "x.state"),
