@@ -186,7 +186,8 @@ struct BoundEngine {
 using TensorTuple = std::tuple<std::string, std::string, std::string, std::size_t, std::vector<std::size_t>, py::buffer,
                                std::optional<py::buffer>>;
 using StateTuple = std::tuple<std::string, std::vector<std::size_t>, float>;
-using SequenceTuple = std::tuple<StateBuffer*, py::array_t<std::int64_t>, std::optional<py::array_t<float>>>;
+// Plain arrays: pybind11 would convert another dtype into a copy, and the logits would go there.
+using SequenceTuple = std::tuple<StateBuffer*, py::array, std::optional<py::array>>;
 
 std::pair<const std::uint8_t*, std::size_t> keep_bytes(BoundEngine& bound, const py::buffer& buffer) {
     py::buffer_info info = buffer.request();
@@ -229,18 +230,18 @@ void feed_engine(BoundEngine& bound, const std::vector<SequenceTuple>& batch) {
     sequences.reserve(batch.size());
     const auto vocab_size = static_cast<py::ssize_t>(bound.engine->vocab_size());
     for (const auto& [state, tokens, logits] : batch) {
-        if (state == nullptr || tokens.ndim() != 1 || (tokens.flags() & py::array::c_style) == 0) {
-            throw py::value_error("tokens must be one contiguous row beside a state");
+        if (state == nullptr || !py::isinstance<py::array_t<std::int64_t>>(tokens) || tokens.ndim() != 1 || (tokens.flags() & py::array::c_style) == 0) {
+            throw py::value_error("tokens must be one contiguous row of int64 beside a state");
         }
-        goslet::Sequence sequence{state, tokens.data(), static_cast<std::size_t>(tokens.size()), nullptr, false};
+        goslet::Sequence sequence{state, static_cast<const std::int64_t*>(tokens.data()), static_cast<std::size_t>(tokens.size()), nullptr, false};
         if (logits.has_value()) {
             const bool every = logits->ndim() == 2 && logits->shape(0) == tokens.size();
             const bool last = logits->ndim() == 2 && logits->shape(0) == 1;
-            if ((!every && !last) || logits->shape(1) != vocab_size || (logits->flags() & py::array::c_style) == 0) {
-                throw py::value_error("logits must be contiguous, one row or one for each token");
+            if (!py::isinstance<py::array_t<float>>(*logits) || (!every && !last) || logits->shape(1) != vocab_size || (logits->flags() & py::array::c_style) == 0) {
+                throw py::value_error("logits must be contiguous float32, one row or one for each token");
             }
             // The array is the caller's own: pybind11 has no call that both checks for writability and is const.
-            sequence.logits = const_cast<py::array_t<float>&>(*logits).mutable_data();
+            sequence.logits = static_cast<float*>(const_cast<py::array&>(*logits).mutable_data());
             sequence.all_logits = every;
         }
         sequences.push_back(sequence);

@@ -2,9 +2,8 @@
 // instruction set's .cpp file includes one of them and then the kernels that are written over it:
 //
 //   F32x8                    eight floats:    + - * /, fma(a, b, c) = a·b + c (one rounding where the hardware has it),
-//                            min, max, abs, floor, round_even, less(a, b), select(mask, a, b), sum, largest
-//   I32x8                    eight integers of 32 bits, or a mask of zeros and ones in every bit:
-//                            + - & |, shift_left<n>, shift_right<n> (filling with zeros)
+//                            min, max, abs, sum, largest
+//   I32x8                    eight integers of 32 bits:    + - & |, shift_left<n>
 //   load, store, load_partial, store_partial (of n lanes, 0 <= n <= 8; the others read as zero), load_i32, store_i32,
 //   broadcast(float), broadcast_i32, zero(), zero_i32()
 //   to_f32(I32x8), to_i32(F32x8) (to the nearest, ties to even, for |x| < 2^22), bits_of(F32x8), f32_of_bits(I32x8)

@@ -34,12 +34,6 @@ GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) {
 GOSLET_INLINE F32x8 abs(F32x8 a) {
     return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
 }
-GOSLET_INLINE F32x8 floor(F32x8 a) {
-    return {_mm256_floor_ps(a.v)};
-}
-GOSLET_INLINE F32x8 round_even(F32x8 a) {
-    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
 
 GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
     return {_mm256_add_epi32(a.v, b.v)};
@@ -56,10 +50,6 @@ GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) {
 template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {_mm256_slli_epi32(a.v, n)};
-}
-template <int n>
-GOSLET_INLINE I32x8 shift_right(I32x8 a) {
-    return {_mm256_srli_epi32(a.v, n)};
 }
 
 GOSLET_INLINE F32x8 zero() {
@@ -108,12 +98,6 @@ GOSLET_INLINE I32x8 bits_of(F32x8 a) {
 }
 GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) {
     return {_mm256_castsi256_ps(a.v)};
-}
-GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
-    return bits_of({_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)});
-}
-GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
-    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(mask.v))};
 }
 
 GOSLET_INLINE float sum(F32x8 a) {

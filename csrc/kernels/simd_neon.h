@@ -34,12 +34,6 @@ GOSLET_INLINE F32x8 max(F32x8 a, F32x8 b) {
 GOSLET_INLINE F32x8 abs(F32x8 a) {
     return {vabsq_f32(a.low), vabsq_f32(a.high)};
 }
-GOSLET_INLINE F32x8 floor(F32x8 a) {
-    return {vrndmq_f32(a.low), vrndmq_f32(a.high)};
-}
-GOSLET_INLINE F32x8 round_even(F32x8 a) {
-    return {vrndnq_f32(a.low), vrndnq_f32(a.high)};
-}
 
 GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
     return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)};
@@ -56,11 +50,6 @@ GOSLET_INLINE I32x8 operator|(I32x8 a, I32x8 b) {
 template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {vshlq_n_s32(a.low, n), vshlq_n_s32(a.high, n)};
-}
-template <int n>
-GOSLET_INLINE I32x8 shift_right(I32x8 a) {
-    return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.low), n)),
-            vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), n))};
 }
 
 GOSLET_INLINE F32x8 broadcast(float x) {
@@ -111,13 +100,6 @@ GOSLET_INLINE I32x8 bits_of(F32x8 a) {
 }
 GOSLET_INLINE F32x8 f32_of_bits(I32x8 a) {
     return {vreinterpretq_f32_s32(a.low), vreinterpretq_f32_s32(a.high)};
-}
-GOSLET_INLINE I32x8 less(F32x8 a, F32x8 b) {
-    return {vreinterpretq_s32_u32(vcltq_f32(a.low, b.low)), vreinterpretq_s32_u32(vcltq_f32(a.high, b.high))};
-}
-GOSLET_INLINE F32x8 select(I32x8 mask, F32x8 a, F32x8 b) {
-    return {vbslq_f32(vreinterpretq_u32_s32(mask.low), a.low, b.low),
-            vbslq_f32(vreinterpretq_u32_s32(mask.high), a.high, b.high)};
 }
 
 GOSLET_INLINE float sum(F32x8 a) {

@@ -123,13 +123,6 @@ GOSLET_INLINE F32x8 to_f32(I32x8 a) {
 GOSLET_INLINE I32x8 to_i32(F32x8 a) {
     return bits_of(a + broadcast(12582912.0f)) - bits_of(broadcast(12582912.0f));
 }
-GOSLET_INLINE F32x8 round_even(F32x8 a) {
-    return select(less(abs(a), broadcast(4194304.0f)), to_f32(to_i32(a)), a);
-}
-GOSLET_INLINE F32x8 floor(F32x8 a) {
-    const F32x8 nearest = round_even(a);
-    return nearest - f32_of_bits(less(a, nearest) & bits_of(broadcast(1.0f)));
-}
 
 GOSLET_INLINE float sum(F32x8 a) {
     const Float4 x = a.low + a.high;

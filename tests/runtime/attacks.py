@@ -161,7 +161,9 @@ CONTAINER_ATTACKS: dict[str, Attack] = {
     "copied as text to unix": Attack(lambda data: data.replace(b"\r\n", b"\n"), WrongMagicError),
     "copied as text to dos": Attack(lambda data: data.replace(b"\n", b"\r\n"), WrongMagicError),
     "copied over seven bits": Attack(lambda data: bytes(byte & 0x7F for byte in data), WrongMagicError),
-    "a newer version": Attack(lambda data: patched(data, 8, struct.pack("<I", struct.unpack_from("<I", data, 8)[0] + 1)), NewerVersionError),
+    "a newer version": Attack(
+        lambda data: patched(data, 8, struct.pack("<I", struct.unpack_from("<I", data, 8)[0] + 1)), NewerVersionError
+    ),
     "the newest version": Attack(lambda data: patched(data, 8, b"\xff" * 4), NewerVersionError),
     "version zero": Attack(lambda data: patched(data, 8, bytes(4)), HeaderError),
     "reserved bytes in use": Attack(lambda data: patched(data, 12, b"\x01"), HeaderError),
