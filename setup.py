@@ -22,11 +22,14 @@ def files(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
+# The C interface reads and writes files itself; Python has its own readers.
+C_API = {"capi", "container", "engine_file", "output_file", "sha256", "state_file", "state_spec"}
+
 native = Pybind11Extension(
     "goslet._native",
-    sources=[*files("csrc/*.cpp"), *files("csrc/kernels/*.cpp")],
-    depends=[*files("csrc/*.h"), *files("csrc/kernels/*.h"), *files("csrc/include/*.h")],
-    include_dirs=["csrc", "csrc/include"],
+    sources=[*(path for path in files("csrc/*.cpp") if Path(path).stem not in C_API), *files("csrc/kernels/*.cpp")],
+    depends=[*files("csrc/*.h"), *files("csrc/kernels/*.h")],
+    include_dirs=["csrc"],
     extra_compile_args=compile_flags,
     extra_link_args=link_flags,
     cxx_std=17,

@@ -230,14 +230,17 @@ void feed_engine(BoundEngine& bound, const std::vector<SequenceTuple>& batch) {
     sequences.reserve(batch.size());
     const auto vocab_size = static_cast<py::ssize_t>(bound.engine->vocab_size());
     for (const auto& [state, tokens, logits] : batch) {
-        if (state == nullptr || !py::isinstance<py::array_t<std::int64_t>>(tokens) || tokens.ndim() != 1 || (tokens.flags() & py::array::c_style) == 0) {
+        if (state == nullptr || !py::isinstance<py::array_t<std::int64_t>>(tokens) || tokens.ndim() != 1 ||
+            (tokens.flags() & py::array::c_style) == 0) {
             throw py::value_error("tokens must be one contiguous row of int64 beside a state");
         }
-        goslet::Sequence sequence{state, static_cast<const std::int64_t*>(tokens.data()), static_cast<std::size_t>(tokens.size()), nullptr, false};
+        goslet::Sequence sequence{state, static_cast<const std::int64_t*>(tokens.data()),
+                                  static_cast<std::size_t>(tokens.size()), nullptr, false};
         if (logits.has_value()) {
             const bool every = logits->ndim() == 2 && logits->shape(0) == tokens.size();
             const bool last = logits->ndim() == 2 && logits->shape(0) == 1;
-            if (!py::isinstance<py::array_t<float>>(*logits) || (!every && !last) || logits->shape(1) != vocab_size || (logits->flags() & py::array::c_style) == 0) {
+            if (!py::isinstance<py::array_t<float>>(*logits) || (!every && !last) || logits->shape(1) != vocab_size ||
+                (logits->flags() & py::array::c_style) == 0) {
                 throw py::value_error("logits must be contiguous float32, one row or one for each token");
             }
             // The array is the caller's own: pybind11 has no call that both checks for writability and is const.

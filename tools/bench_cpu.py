@@ -570,7 +570,6 @@ def main(arguments: list[str] | None = None) -> int:
     report = {
         "machine": {"cpu": cpu_model(), "cores": available_cores(), "threads": options.threads},
         "isa": options.isa,
-        "llama_cpp_library": os.environ.get("LLAMA_CPP_LIB_PATH", "the package's own"),
         "rounds": options.rounds,
         "bandwidth_gb_s": bench.bandwidths,
         "idle_cpu_share": rate(bench.idle_shares).p95 if bench.idle_shares else math.nan,

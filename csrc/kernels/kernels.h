@@ -19,23 +19,23 @@ enum class Activation : std::uint8_t { kNone, kTanh, kSigmoid, kReluSquared, kDe
 // One head of RWKV-7's time mix for one token (RWKV-7 paper, equations 16 to 18, and the released code's value
 // residual). Every pointer but `state` and `y` is to the head's N numbers of one token.
 struct Wkv7Head {
-    std::size_t head_size;        // N
-    const float* r;               // (N) receptance
-    const float* w;               // (N) decay
-    const float* k;               // (N) key, not yet scaled by the in-context learning rate
-    const float* v;               // (N) value, before the value residual
-    const float* a;               // (N) in-context learning rate
-    const float* g;               // (N) gate
-    const float* value_mix;       // (N) share of the first layer's value; null in layer 0
-    float* first_value;           // (N) layer 0's value: written in layer 0, read in the others
-    const float* k_k;             // (N)
-    const float* k_a;             // (N)
-    const float* r_k;             // (N)
-    const float* norm_weight;     // (N)
-    const float* norm_bias;       // (N)
+    std::size_t head_size;     // N
+    const float* r;            // (N) receptance
+    const float* w;            // (N) decay
+    const float* k;            // (N) key, not yet scaled by the in-context learning rate
+    const float* v;            // (N) value, before the value residual
+    const float* a;            // (N) in-context learning rate
+    const float* g;            // (N) gate
+    const float* value_mix;    // (N) share of the first layer's value; null in layer 0
+    float* first_value;        // (N) layer 0's value: written in layer 0, read in the others
+    const float* k_k;          // (N)
+    const float* k_a;          // (N)
+    const float* r_k;          // (N)
+    const float* norm_weight;  // (N)
+    const float* norm_bias;    // (N)
     float norm_eps;
-    float* state;                 // (N value, N key), updated in place
-    float* y;                     // (N) gated output
+    float* state;  // (N value, N key), updated in place
+    float* y;      // (N) gated output
 };
 
 struct Kernels {
@@ -46,9 +46,9 @@ struct Kernels {
     void (*pack)(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales,
                  std::int32_t* sums);
 
-    // out[row · out_stride + output] = sum over inputs, for the outputs of units [first_unit, end_unit) and every row of
-    // x. Writes no output past n_out. With `skip_zeros`, a matrix in columns and one row of activations, inputs whose
-    // activation is zero are not read; the result is the same to the last bit.
+    // out[row · out_stride + output] = sum over inputs, for the outputs of units [first_unit, end_unit) and every row
+    // of x. Writes no output past n_out. With `skip_zeros`, a matrix in columns and one row of activations, inputs
+    // whose activation is zero are not read; the result is the same to the last bit.
     void (*multiply)(const Matrix& matrix, const Activations& x, std::size_t first_unit, std::size_t end_unit,
                      float* out, std::size_t out_stride, bool skip_zeros);
 

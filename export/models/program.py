@@ -41,7 +41,7 @@ class Program:
         return name
 
     def norm_shift(self, *, x: str, norm: str, eps: float, shift: str, mixes: dict[str, str]) -> None:
-        """h = LayerNorm(x); register = h + (shift - h) · mix for each mix tensor and its register; the shift becomes h."""
+        """h = LayerNorm(x); each mix's register = h + (shift - h) · mix; the shift becomes h."""
         items = [{"mix": mix, "out": out} for mix, out in mixes.items()]
         self._add("norm_shift", x=x, norm=norm, eps=eps, shift=shift, mixes=items)
 
@@ -50,7 +50,7 @@ class Program:
         self._add("linear", products=list(products))
 
     def wkv7(self, **members: Any) -> None:
-        """RWKV-7's time mix behind its projections: value residual, removal key, state update, head norm, bonus, gate."""
+        """RWKV-7's time mix behind its projections: from the value residual to the gate."""
         self._add("wkv7", **members)
 
     def logits(self, *, x: str, norm: str, eps: float, weight: str) -> None:

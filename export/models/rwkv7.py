@@ -284,10 +284,7 @@ def program(spec: ModelSpec) -> Program:
             product(f"{att}.receptance.weight", mixed["r"], r),
             product(f"{att}.key.weight", mixed["k"], k),
             product(f"{att}.value.weight", mixed["v"], v),
-            *(
-                product(f"{att}.{i}1", mixed[i], low[i], activation=low_activations.get(i, "none"))
-                for i in letters
-            ),
+            *(product(f"{att}.{i}1", mixed[i], low[i], activation=low_activations.get(i, "none")) for i in letters),
         )
         steps.linear(
             *(

@@ -23,9 +23,7 @@ from goslet.weights import decode, encode  # noqa: E402
 
 @pytest.mark.parametrize("backend", ["native", "ort"])
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
-def test_sound_engine_passes(
-    quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path
-) -> None:
+def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     report = verify_engine(tiny_engines[quant], tiny_checkpoint, backend=backend)
     assert report.passed, report
     parts = ("logits", "att_shift", "wkv", "ffn_shift")
@@ -174,7 +172,7 @@ def test_weights_that_are_not_the_checkpoints_fail(
 def test_backend_that_errs_more_than_its_rounding_explains(
     tiny_engines: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend whose logits are off by half more than what rounded activations explain: the graph's checks still pass."""
+    """Logits that are off by half more than rounded activations explain; the graph's checks still pass."""
     sound = verify_engine(tiny_engines["int4"], tiny_checkpoint)
     (limit,) = (check.limit for check in sound.checks if check.name == "native logits")
     run = verify._run_session
