@@ -8,8 +8,8 @@
   parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
   orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
 - Backend: the backend as it is used, which rounds activations to 8 or 16 bits where a weight is quantized. What that
-  explains is measured by running the torch step a second time with activations rounded alike; `ACTIVATION_FACTOR` times that
-  is allowed on top of `FLOAT_LIMIT`, since two ways of rounding need not err in the same direction.
+  explains is measured by running the torch step a second time with activations rounded alike; `ACTIVATION_FACTOR`
+  times that is allowed on top of `FLOAT_LIMIT`, since two ways of rounding need not err in the same direction.
 
 What quantization costs against the checkpoint's own weights is reported and not judged.
 """

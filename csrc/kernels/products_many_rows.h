@@ -80,6 +80,7 @@ inline void add_integer_panel(const Pairs (*panel)[kPanelVectors], std::size_t n
                 sums[r][v] = first_sum<kFormat>(x, row + r, group, n_groups);
             }
         }
+#pragma GCC unroll 4
         for (std::size_t pair = 0; pair < n_pairs; ++pair) {
             const Pairs first = load_pairs(&panel[pair][0]);
             const Pairs second = load_pairs(&panel[pair][1]);
