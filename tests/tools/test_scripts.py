@@ -15,7 +15,7 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("tools/demo", "tools/test", ".ci/run")
+SCRIPTS = ("tools/demo", "tools/test", "tools/check_sanitizers", "tools/check_aarch64", ".ci/run")
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "tools/environment.sh"])
