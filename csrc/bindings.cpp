@@ -150,31 +150,12 @@ void register_nibbles(py::module_& module) {
                "Packed [n, ceil(k / 2)] rows of nibbles to the packed [k, n] matrix; low nibble first.");
 }
 
-goslet::Format format_named(const std::string& name) {
-    static constexpr std::pair<const char*, goslet::Format> kNames[] = {{"f32", goslet::Format::kF32},
-                                                                        {"f16", goslet::Format::kF16},
-                                                                        {"bf16", goslet::Format::kBf16},
-                                                                        {"int8", goslet::Format::kInt8},
-                                                                        {"int4", goslet::Format::kInt4}};
-    for (const auto& [known, format] : kNames) {
-        if (name == known) {
-            return format;
-        }
+template <typename T>
+T known(std::optional<T> value, const std::string& name) {
+    if (!value.has_value()) {
+        throw py::value_error("no such format or layout: " + name);
     }
-    throw py::value_error("no such format: " + name);
-}
-
-goslet::TensorLayout layout_named(const std::string& name) {
-    static constexpr std::pair<const char*, goslet::TensorLayout> kNames[] = {
-        {"rows", goslet::TensorLayout::kRows},
-        {"tiles", goslet::TensorLayout::kTiles},
-        {"columns", goslet::TensorLayout::kColumns}};
-    for (const auto& [known, layout] : kNames) {
-        if (name == known) {
-            return layout;
-        }
-    }
-    throw py::value_error("no such layout: " + name);
+    return *value;
 }
 
 // An engine and what it reads in place.
@@ -208,7 +189,15 @@ std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::v
     const auto [text, text_bytes] = keep_bytes(*bound, program);
     parts.program = {reinterpret_cast<const char*>(text), text_bytes};
     for (const auto& [name, format, layout, group, shape, data, scales] : tensors) {
-        goslet::TensorView view{name, format_named(format), layout_named(layout), group, shape, nullptr, 0, nullptr, 0};
+        goslet::TensorView view{name,
+                                known(goslet::format_named(format), format),
+                                known(goslet::layout_named(layout), layout),
+                                group,
+                                shape,
+                                nullptr,
+                                0,
+                                nullptr,
+                                0};
         std::tie(view.data, view.data_bytes) = keep_bytes(*bound, data);
         if (scales.has_value()) {
             std::tie(view.scales, view.scales_bytes) = keep_bytes(*bound, *scales);

@@ -101,32 +101,21 @@ std::uint64_t up_to(std::uint64_t size, std::uint64_t multiple) {
 }
 
 Format read_format(const Json& item, const std::string& place) {
-    static const std::pair<const char*, Format> kFormats[] = {{"f32", Format::kF32},
-                                                              {"f16", Format::kF16},
-                                                              {"bf16", Format::kBf16},
-                                                              {"int8", Format::kInt8},
-                                                              {"int4", Format::kInt4}};
     const std::string& name = item.need("format", place).text(place + ", format");
-    for (const auto& [known, format] : kFormats) {
-        if (name == known) {
-            return format;
-        }
+    const std::optional<Format> format = format_named(name);
+    if (!format.has_value()) {
+        refuse("is not a weight format", place, "f32, f16, bf16, int8, int4", shown(name));
     }
-    refuse("is not a weight format", place, "f32, f16, bf16, int8, int4", shown(name));
+    return *format;
 }
 
 TensorLayout read_layout(const Json& item, const std::string& place) {
     const std::string& name = item.need("layout", place).text(place + ", layout");
-    if (name == "rows") {
-        return TensorLayout::kRows;
+    const std::optional<TensorLayout> layout = layout_named(name);
+    if (!layout.has_value()) {
+        refuse("is not a layout", place, "rows, tiles, columns", shown(name));
     }
-    if (name == "tiles") {
-        return TensorLayout::kTiles;
-    }
-    if (name == "columns") {
-        return TensorLayout::kColumns;
-    }
-    refuse("is not a layout", place, "rows, tiles, columns", shown(name));
+    return *layout;
 }
 
 // 0 for the floating formats, which must have null.

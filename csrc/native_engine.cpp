@@ -6,6 +6,7 @@
 #include <limits>
 #include <mutex>
 #include <unordered_set>
+#include <utility>
 
 #include "embedding.h"
 #include "program.h"
@@ -14,22 +15,6 @@
 
 namespace goslet {
 namespace {
-
-// The team of an engine with one thread: the caller alone, so that callers need not take turns.
-class Alone final : public ThreadPool::Member {
-  public:
-    std::size_t index() const noexcept override { return 0; }
-    std::size_t n_threads() const noexcept override { return 1; }
-    void sync() noexcept override { taken_ = false; }
-    void claim(std::size_t n_units, std::size_t, std::size_t& begin, std::size_t& end) noexcept override {
-        begin = taken_ ? n_units : 0;
-        end = n_units;
-        taken_ = true;
-    }
-
-  private:
-    bool taken_ = false;
-};
 
 void count_tokens(StateBuffer& state, std::size_t n_tokens) {
     // The count lies in the bytes of the last tensor; it stops at the largest int64.
@@ -43,6 +28,31 @@ void count_tokens(StateBuffer& state, std::size_t n_tokens) {
 
 }  // namespace
 
+std::optional<Format> format_named(std::string_view name) {
+    static constexpr std::pair<std::string_view, Format> kNames[] = {{"f32", Format::kF32},
+                                                                     {"f16", Format::kF16},
+                                                                     {"bf16", Format::kBf16},
+                                                                     {"int8", Format::kInt8},
+                                                                     {"int4", Format::kInt4}};
+    for (const auto& [known, format] : kNames) {
+        if (name == known) {
+            return format;
+        }
+    }
+    return std::nullopt;
+}
+
+std::optional<TensorLayout> layout_named(std::string_view name) {
+    static constexpr std::pair<std::string_view, TensorLayout> kNames[] = {
+        {"rows", TensorLayout::kRows}, {"tiles", TensorLayout::kTiles}, {"columns", TensorLayout::kColumns}};
+    for (const auto& [known, layout] : kNames) {
+        if (name == known) {
+            return layout;
+        }
+    }
+    return std::nullopt;
+}
+
 struct NativeEngine::Impl {
     Impl(const EngineParts& parts, const NativeOptions& chosen)
         : options(chosen),
@@ -50,14 +60,11 @@ struct NativeEngine::Impl {
           kernels(kernels_for(isa)),
           program(load_program(parts)),
           vocab_size(parts.vocab_size),
-          n_embd(parts.n_embd) {
+          pool(chosen.n_threads, chosen.pin) {
         for (const NamedStateTensor& tensor : parts.state) {
             state_layout.push_back(tensor.layout);
         }
         state_layout.push_back({{2}, 0.0F});
-        if (options.n_threads > 1) {
-            pool = std::make_unique<ThreadPool>(options.n_threads, options.pin);
-        }
     }
 
     // Workspaces are made as calls meet, and kept.
@@ -100,15 +107,8 @@ struct NativeEngine::Impl {
         }
     }
 
-    void run(Pass& pass) const {
-        if (pool == nullptr) {
-            Alone alone;
-            for (const auto& step : program.steps) {
-                step->run(pass, alone);
-            }
-            return;
-        }
-        pool->run([&](ThreadPool::Member& member) {
+    void run(Pass& pass) {
+        pool.run([&](ThreadPool::Member& member) {
             for (const auto& step : program.steps) {
                 step->run(pass, member);
             }
@@ -120,9 +120,8 @@ struct NativeEngine::Impl {
     const Kernels& kernels;
     Program program;
     std::size_t vocab_size;
-    std::size_t n_embd;
     std::vector<StateTensorLayout> state_layout;
-    std::unique_ptr<ThreadPool> pool;
+    ThreadPool pool;
     std::mutex mutex;
     std::vector<std::unique_ptr<Workspace>> idle;
     std::size_t n_workspaces = 0;

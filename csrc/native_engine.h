@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -31,6 +32,10 @@ class EngineError : public std::runtime_error {
 // How a tensor is stored. Vectors are kRows, and so is the embedding, of which one row is read at a time; its layout is
 // that of runtime/weights.py.
 enum class TensorLayout : std::uint8_t { kRows, kTiles, kColumns };
+
+// By the names that engine files use; nothing for another name.
+std::optional<Format> format_named(std::string_view name);
+std::optional<TensorLayout> layout_named(std::string_view name);
 
 // A stored tensor; views into memory that outlives the engine.
 struct TensorView {

@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "embedding.h"
@@ -154,18 +155,25 @@ class Loader {
         }
     }
 
-    const Register& register_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
+    // A register of any size.
+    const Register& register_of(const Json& step, std::string_view key, const std::string& place) {
         const std::string at = place + "." + std::string(key);
         const std::string& name = step.need(key, place).text(at);
         const auto found = registers_.find(name);
         if (found == registers_.end()) {
             throw EngineError("is not a register", at, "", name);
         }
-        if (found->second.size != size) {
-            throw EngineError("a register has the wrong size", at, std::to_string(size),
-                              name + " of " + std::to_string(found->second.size));
-        }
         return found->second;
+    }
+
+    const Register& register_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
+        const Register& found = register_of(step, key, place);
+        if (found.size != size) {
+            const std::string at = place + "." + std::string(key);
+            throw EngineError("a register has the wrong size", at, std::to_string(size),
+                              step.need(key, place).text(at) + " of " + std::to_string(found.size));
+        }
+        return found;
     }
 
     const TensorView& tensor(const std::string& name, const std::string& place, const std::vector<std::size_t>& shape) {
@@ -226,19 +234,10 @@ class Loader {
             throw EngineError("a tensor of the state has the wrong shape", at + ": " + name, shape_text(shape),
                               shape_text(real));
         }
-        if (!used_states_.emplace(found->second, true).second) {
+        if (!used_states_.insert(found->second).second) {
             throw EngineError("a tensor of the state is moved on twice", at, "", name);
         }
         return found->second;
-    }
-
-    std::size_t size_of(const Json& step, std::string_view key, const std::string& place) {
-        const std::string at = place + "." + std::string(key);
-        const auto found = registers_.find(step.need(key, place).text(at));
-        if (found == registers_.end()) {
-            throw EngineError("is not a register", at, "", step.need(key, place).text(at));
-        }
-        return found->second.size;
     }
 
     Matrix matrix_of(const Json& step, const std::string& place, std::size_t n_out, std::size_t n_in) {
@@ -274,8 +273,8 @@ class Loader {
 
     // x, norm, eps, shift; mixes: [{mix, out}, …]
     std::unique_ptr<Step> read_norm_shift(const Json& step, const std::string& place) {
-        const std::size_t size = size_of(step, "x", place);
-        const Register& x = register_of(step, "x", place, size);
+        const Register& x = register_of(step, "x", place);
+        const std::size_t size = x.size;
         std::vector<NormShift::Mix> mixes;
         const std::vector<Json>& items = step.need("mixes", place).array(place + ".mixes");
         for (std::size_t index = 0; index < items.size(); ++index) {
@@ -297,13 +296,11 @@ class Loader {
         for (std::size_t index = 0; index < items.size(); ++index) {
             const Json& item = items[index];
             const std::string at = place + ".products[" + std::to_string(index) + "]";
-            const std::size_t n_in = size_of(item, "x", at);
-            const std::size_t n_out = size_of(item, "out", at);
             Linear::Product product{};
-            product.matrix = matrix_of(item, at, n_out, n_in);
-            product.x = register_of(item, "x", at, n_in);
-            product.out = register_of(item, "out", at, n_out);
-            product.bias = item.need("bias", at).is_null() ? nullptr : vector_of(item, "bias", at, n_out);
+            product.x = register_of(item, "x", at);
+            product.out = register_of(item, "out", at);
+            product.matrix = matrix_of(item, at, product.out.size, product.x.size);
+            product.bias = item.need("bias", at).is_null() ? nullptr : vector_of(item, "bias", at, product.out.size);
             product.activation = activation_of(item, at);
             product.add = item.need("add", at).boolean(at + ".add");
             products.push_back(product);
@@ -345,7 +342,9 @@ class Loader {
 
     // r, w, k, v, a, g, first_value, out; value_mix: register or null in layer 0; state; k_k, k_a, r_k, norm, eps
     std::unique_ptr<Step> read_wkv7(const Json& step, const std::string& place) {
-        const std::size_t size = size_of(step, "r", place);
+        Wkv7::Inputs in{};
+        in.r = register_of(step, "r", place);
+        const std::size_t size = in.r.size;
         const std::int64_t head_size = step.need("head_size", place).integer(place + ".head_size");
         if (head_size < 1 || head_size > static_cast<std::int64_t>(kMaxHeadSize) ||
             size % static_cast<std::size_t>(head_size) != 0) {
@@ -354,8 +353,6 @@ class Loader {
                               std::to_string(head_size));
         }
         const auto n = static_cast<std::size_t>(head_size);
-        Wkv7::Inputs in{};
-        in.r = register_of(step, "r", place, size);
         in.w = register_of(step, "w", place, size);
         in.k = register_of(step, "k", place, size);
         in.v = register_of(step, "v", place, size);
@@ -379,8 +376,8 @@ class Loader {
 
     // x, norm, eps, weight
     std::unique_ptr<Step> read_logits(const Json& step, const std::string& place) {
-        const std::size_t size = size_of(step, "x", place);
-        const Register& x = register_of(step, "x", place, size);
+        const Register& x = register_of(step, "x", place);
+        const std::size_t size = x.size;
         return std::make_unique<Logits>(x, norm_of(step, place, size), matrix_of(step, place, parts_.vocab_size, size),
                                         program_.needs);
     }
@@ -389,7 +386,7 @@ class Loader {
     Program program_{};
     std::unordered_map<std::string, const TensorView*> tensors_;
     std::unordered_map<std::string, std::size_t> states_;
-    std::unordered_map<std::size_t, bool> used_states_;
+    std::unordered_set<std::size_t> used_states_;
     std::unordered_map<std::string, Register> registers_;
     std::unordered_map<std::string, const float*> vectors_;
 };

@@ -10,8 +10,6 @@ import json
 from typing import Any
 
 PROGRAM_VERSION = 1
-# What `Linear` can do to a product before it is stored; csrc/kernels/kernels.h gives the formulas.
-ACTIVATIONS = ("none", "tanh", "sigmoid", "relu_squared", "decay")
 
 
 class Program:
@@ -81,7 +79,7 @@ def product(
         x: the register that it is applied to.
         out: the register that takes the result.
         bias: a vector, or None.
-        activation: one of `ACTIVATIONS`.
+        activation: none, tanh, sigmoid, relu_squared or decay; csrc/kernels/kernels.h gives the formulas.
         add: whether `out` keeps what it holds and the result is added to it.
     """
     return {"weight": weight, "x": x, "out": out, "bias": bias, "activation": activation, "add": add}
