@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from programs import execute, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -9,6 +10,19 @@ ROOT = Path(__file__).resolve().parents[1]
 def repository() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def csrc_build(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which CMake builds the C++ library and the C++ tests, each when `build_csrc` is asked for it."""
+    folder = tmp_path_factory.mktemp("csrc")
+    execute(
+        tool("cmake"),
+        *("-S", repository / "csrc", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"),
+        "-DGOSLET_BUILD_TESTS=ON",
+        limit_s=120,
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
-import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
-
-from goslet.enginefile import EngineFile, TensorSource, write_engine
 
 OK, INVALID_ARGUMENT, BUSY, CANNOT_READ, CANNOT_WRITE, BAD_FILE, UNSUPPORTED = range(7)
 MISMATCH, NOT_FINITE, BUFFER_TOO_SMALL, OUT_OF_MEMORY, WRONG_PROCESS, FAILED = range(7, 13)
@@ -53,34 +47,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "goslet_decode": (c_int, [c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, POINTER(c_size_t)]),
     "goslet_end_token": (c_int64, [c_void_p]),
 }
-
-
-def tool(name: str) -> str:
-    """The program that PyPI's package `name` installed beside this Python, or else the system's."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def execute(*command: str | Path, limit_s: float) -> None:
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=limit_s,
-    )
-    assert done.returncode == 0, f"{command[0]} gave {done.returncode}:\n{done.stdout}"
-
-
-def build(csrc: Path, folder: Path) -> Path:
-    """Build the library there; its path."""
-    generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
-    execute(tool("cmake"), "-S", csrc, "-B", folder, *generator, limit_s=120)
-    execute(tool("cmake"), "--build", folder, "--target", "goslet", "-j", "2", limit_s=600)
-    return folder / "libgoslet.so"
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -176,25 +142,3 @@ def refusal(api: ctypes.CDLL, path: Path) -> int:
     subject = "goslet_open" if status == INVALID_ARGUMENT else path
     assert api.goslet_last_error().decode().startswith(f"{subject}: ")
     return status
-
-
-def rebuilt(source: Path, target: Path, **changes: Any) -> Path:
-    """An engine written anew with some of `write_engine`'s arguments replaced."""
-    with EngineFile.open(source) as file:
-        arguments: dict[str, Any] = {
-            "spec": file.spec,
-            "state_spec": file.state_spec,
-            "model_id": file.model_id,
-            "graph": bytes(file.graph_bytes),
-            "graph_info": dict(file.graph_info),
-            "tensors": [
-                TensorSource(e.name, e.format, e.shape, lambda name=e.name: file.weight(name), e.layout)
-                for e in file.tensors.values()
-            ],
-            "tokenizer": None if file.tokenizer_kind is None else (file.tokenizer_kind, bytes(file.tokenizer_bytes)),
-            "program": file.program_bytes,
-            "provenance": {},
-            "overwrite": True,
-        }
-        write_engine(target, **{**arguments, **changes})
-    return target

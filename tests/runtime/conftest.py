@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import build_csrc
 
 import goslet
 from goslet import cli
@@ -29,9 +30,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def c_library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def c_library(csrc_build: Path) -> Path:
     """The shared library with the C interface."""
-    return capi.build(repository / "csrc", tmp_path_factory.mktemp("library"))
+    build_csrc(csrc_build, "goslet")
+    return csrc_build / "libgoslet.so"
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from programs import execute, tool
 
 import goslet
 
@@ -31,11 +32,9 @@ from .capi import (
     CEngine,
     Options,
     assert_close,
-    execute,
-    rebuilt,
     refusal,
-    tool,
 )
+from .rewriting import rewritten
 
 
 @pytest.fixture(scope="session")
@@ -464,7 +463,7 @@ def test_world_tokens_are_those_of_python(c_api: ctypes.CDLL, world_engine: Path
 def test_tokenizers_that_do_not_fit_are_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.goslet"
     for tokenizer in (("bytes", b"x"), ("world", b""), ("world", b"GVOC" + bytes(100))):
-        rebuilt(tiny_engine, path, tokenizer=tokenizer)
+        rewritten(tiny_engine, path, tokenizer=tokenizer, overwrite=True)
         assert refusal(c_api, path) == BAD_FILE
 
 
@@ -472,7 +471,7 @@ def test_tokenizers_that_do_not_fit_are_refused(c_api: ctypes.CDLL, tiny_engine:
 def test_other_tokenizers_are_not_offered(
     c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path, tokenizer: tuple[str, bytes] | None, message: str
 ) -> None:
-    engine = CEngine(c_api, rebuilt(tiny_engine, tmp_path / "m.goslet", tokenizer=tokenizer))
+    engine = CEngine(c_api, rewritten(tiny_engine, tmp_path / "m.goslet", tokenizer=tokenizer))
     ids, count = np.zeros(1, np.int64), c_size_t()
     assert c_api.goslet_encode(engine.handle, b"x", 1, ids.ctypes.data, 1, byref(count)) == UNSUPPORTED
     assert message in engine.error

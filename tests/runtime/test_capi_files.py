@@ -33,9 +33,9 @@ from .capi import (
     UNSUPPORTED,
     CEngine,
     assert_close,
-    rebuilt,
     refusal,
 )
+from .rewriting import rewritten
 
 # -------------------------------------------------------------------------------------------------------------- states
 
@@ -235,12 +235,12 @@ def test_what_python_refuses_c_refuses(c_api: ctypes.CDLL, good: bytes, tmp_path
 
 
 def test_engines_without_a_program_are_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
-    assert refusal(c_api, rebuilt(tiny_engine, tmp_path / "m.goslet", program=None)) == UNSUPPORTED
+    assert refusal(c_api, rewritten(tiny_engine, tmp_path / "m.goslet", program=None)) == UNSUPPORTED
     assert "has no program" in c_api.goslet_last_error().decode()
 
 
 def test_a_program_that_does_not_fit_is_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
-    assert refusal(c_api, rebuilt(tiny_engine, tmp_path / "m.goslet", program=b"{}")) == BAD_FILE
+    assert refusal(c_api, rewritten(tiny_engine, tmp_path / "m.goslet", program=b"{}")) == BAD_FILE
 
 
 def test_only_ordinary_files_are_opened(c_api: ctypes.CDLL, tmp_path: Path) -> None:
