@@ -10,7 +10,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 2, "engine file"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 3, "engine file"};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;
@@ -164,7 +164,8 @@ Sizes stored_sizes(const TensorView& tensor, const std::string& place) {
     }
     std::uint64_t row_bytes = (n_in * format_bits(tensor.format) + 7) / 8;
     if (tensor.layout != TensorLayout::kRows) {
-        n_out = up_to(n_out, tensor.layout == TensorLayout::kTiles ? kTileRows : kColumnsBlock);
+        n_out = up_to(n_out, stored_together(tensor.format, tensor.layout == TensorLayout::kTiles ? Layout::kTiles
+                                                                                                  : Layout::kColumns));
         row_bytes = up_to(n_in, kColumnPadding) * format_bits(tensor.format) / 8;
     }
     const std::uint64_t groups = tensor.group == 0 ? 0 : (n_in + tensor.group - 1) / tensor.group;

@@ -40,7 +40,8 @@ std::size_t packed_size(const Matrix& matrix) {
 }  // namespace
 
 Register make_register(std::size_t size, Needs& needs) {
-    const Register place{size, round_up(size, kColumnsBlock), needs.floats};
+    // An odd number of cache lines, so that the same numbers of many rows do not fall into few sets of a cache.
+    const Register place{size, round_up(size, 2 * kLine) + kLine, needs.floats};
     needs.floats += place.stride * kMaxRows;
     return place;
 }
@@ -143,9 +144,8 @@ Linear::Linear(std::vector<Product> products, Needs& needs) : products_(std::mov
         });
         product_inputs_.push_back(static_cast<std::size_t>(same - inputs_.begin()));
         if (same == inputs_.end()) {
-            const std::size_t stride = packed_size(matrix);
-            inputs_.push_back({product.x, matrix.n_in, matrix.group, stride, matrix.n_groups(), packed, groups});
-            packed += stride;
+            inputs_.push_back({product.x, matrix.n_in, matrix.group, packed, groups});
+            packed += packed_size(matrix);
             groups += matrix.n_groups();
         }
     }
@@ -164,8 +164,8 @@ void Linear::run(Pass& pass, ThreadPool::Member& member) const {
     std::size_t end = 0;
     const auto pack = [&](const Input& input, std::size_t row) {
         const PackedInput into = packed_input(packed, input.offset, input.group_offset);
-        pass.kernels.pack(space.row(input.x, row), input.n_in, input.group, into.integers + row * input.stride,
-                          into.scales + row * input.n_groups, into.sums + row * input.n_groups);
+        pass.kernels.pack(space.row(input.x, row), input.n_in, input.group, pass.n_rows,
+                          into.integers + row * input.group, into.scales + row, into.sums + row);
     };
     if (single) {
         // As with norms: packing a row takes less time than waiting for it.
@@ -184,9 +184,7 @@ void Linear::run(Pass& pass, ThreadPool::Member& member) const {
         }
         member.sync();
     }
-    // A matrix in columns is read in rows as wide as a thread's share: so every thread takes one share of it.
-    const std::size_t least = has_columns_ ? (n_units_ + member.n_threads() - 1) / member.n_threads() : 1;
-    for (member.claim(n_units_, least, begin, end); begin < end; member.claim(n_units_, least, begin, end)) {
+    for (member.claim(n_units_, 1, begin, end); begin < end; member.claim(n_units_, 1, begin, end)) {
         std::size_t first = 0;  // unit of the whole step at which a product begins
         for (std::size_t index = 0; index < products_.size() && first < end; ++index) {
             const std::size_t past = first + products_[index].matrix.n_units();
@@ -224,11 +222,10 @@ void Linear::multiply(const Product& product, std::size_t input, const Pass& pas
                       std::size_t first_unit, std::size_t end_unit) const {
     const Workspace& space = pass.workspace;
     const Matrix& matrix = product.matrix;
-    Activations x{pass.n_rows, product.x.stride, nullptr, nullptr, nullptr, nullptr};
+    Activations x{pass.n_rows, product.x.stride, nullptr, pass.n_rows, nullptr, nullptr, nullptr};
     if (is_integer(matrix.format)) {
         const Input& from = inputs_[input];
         const PackedInput packed_x = packed_input(packed, from.offset, from.group_offset);
-        x.stride = from.stride;
         x.integers = packed_x.integers;
         x.scales = packed_x.scales;
         x.sums = packed_x.sums;
@@ -310,8 +307,6 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
     }
     const Workspace& space = pass.workspace;
     const bool packs = is_integer(head_.format);
-    const std::size_t stride = packs ? packed_size(head_) : normed_.stride;
-    const std::size_t n_groups = head_.n_groups();
     const bool single = n_rows == 1;
     const Workspace::Packed packed = single ? space.thread_packed(member.index()) : space.shared_packed();
     float* const normed = single ? space.thread_floats(member.index()) : space.row(normed_, 0);
@@ -322,8 +317,8 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
         pass.kernels.layer_norm(space.row(x_, pass.output_rows[output]), norm_.weight, norm_.bias, norm_.eps, x_.size,
                                 h);
         if (packs) {
-            pass.kernels.pack(h, head_.n_in, head_.group, packed.integers + output * stride,
-                              packed.scales + output * n_groups, packed.sums + output * n_groups);
+            pass.kernels.pack(h, head_.n_in, head_.group, n_rows, packed.integers + output * head_.group,
+                              packed.scales + output, packed.sums + output);
         }
     };
     if (single) {
@@ -337,7 +332,8 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
         }
         member.sync();
     }
-    const Activations x{n_rows, stride, packs ? nullptr : normed, packed.integers, packed.scales, packed.sums};
+    const Activations x{n_rows,        normed_.stride, packs ? nullptr : normed, n_rows, packed.integers,
+                        packed.scales, packed.sums};
     // One array takes them all where the rows lie evenly in it, as they do unless the caller scattered them.
     const std::ptrdiff_t apart = single ? 0 : pass.logits[1] - pass.logits[0];
     bool even = apart >= 0;
@@ -354,10 +350,10 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
         for (std::size_t output = 0; output < n_rows; ++output) {
             Activations one = x;
             one.n_rows = 1;
-            one.floats = packs ? nullptr : x.floats + output * stride;
-            one.integers += output * stride;
-            one.scales += output * n_groups;
-            one.sums += output * n_groups;
+            one.floats = packs ? nullptr : x.floats + output * normed_.stride;
+            one.integers += output * head_.group;
+            one.scales += output;
+            one.sums += output;
             pass.kernels.multiply(head_, one, begin, end, pass.logits[output], 0, pass.skip_zeros);
         }
     }

@@ -163,8 +163,6 @@ class Linear final : public Step {
         Register x;
         std::size_t n_in;
         std::size_t group;
-        std::size_t stride;        // packed integers of a row
-        std::size_t n_groups;      // scales and sums of a row
         std::size_t offset;        // packed integers of the inputs before it, for a capacity of one row
         std::size_t group_offset;  // their scales and sums
     };

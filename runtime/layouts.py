@@ -20,9 +20,7 @@ from .weights import SCALE_BYTES, ByteArray, EncodedWeight, Float16Array, Weight
 
 LAYOUTS = ("rows", "tiles", "columns")
 
-# kTileRows, kColumnsBlock and kColumnPadding of csrc/kernels/matrix.h.
-_UNIT_OUTPUTS = {"tiles": 8, "columns": 64}
-_COLUMN_PADDING = 32
+_COLUMN_PADDING = 32  # kColumnPadding of csrc/kernels/matrix.h
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
 # What one output contributes to a tile at a time: a number, two of int8's, or eight of int4's.
 _TILE_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "int8": "<u2", "int4": "<u4"}
@@ -112,7 +110,7 @@ def layout_data_bytes(fmt: WeightFormat, layout: str, shape: Sequence[int]) -> i
     check_layout(fmt, layout, shape, "weight")
     if layout == "rows":
         return fmt.data_size_bytes(shape)
-    return _round_up(shape[0], _UNIT_OUTPUTS[layout]) * _padded_row_bytes(fmt, shape[1])
+    return _round_up(shape[0], _stored_together(fmt, layout)) * _padded_row_bytes(fmt, shape[1])
 
 
 def layout_scales_bytes(fmt: WeightFormat, layout: str, shape: Sequence[int]) -> int:
@@ -124,7 +122,7 @@ def layout_scales_bytes(fmt: WeightFormat, layout: str, shape: Sequence[int]) ->
     check_layout(fmt, layout, shape, "weight")
     if layout == "rows" or not fmt.is_integer:
         return fmt.scales_size_bytes(shape)
-    return SCALE_BYTES * _round_up(shape[0], _UNIT_OUTPUTS[layout]) * fmt.groups(shape[1])
+    return SCALE_BYTES * _round_up(shape[0], _stored_together(fmt, layout)) * fmt.groups(shape[1])
 
 
 def pack(weight: EncodedWeight, layout: str) -> PackedWeight:
@@ -142,7 +140,8 @@ def pack(weight: EncodedWeight, layout: str) -> PackedWeight:
     data = np.empty(layout_data_bytes(fmt, layout, shape), np.uint8)
     stored = _view(data, fmt, layout, shape)
     row_bytes, padded_row_bytes = weight.data.shape[1], _padded_row_bytes(fmt, shape[1])
-    for start, stop in _blocks(n_out, padded_row_bytes, layout):
+    together = _stored_together(fmt, layout)
+    for start, stop in _blocks(n_out, padded_row_bytes, together):
         rows = np.zeros((stop - start, padded_row_bytes), np.uint8)
         kept = min(stop, n_out) - start
         rows[:kept, :row_bytes] = weight.data[start : start + kept]
@@ -151,10 +150,9 @@ def pack(weight: EncodedWeight, layout: str) -> PackedWeight:
         _store(stored, rows, start, fmt, layout)
     if weight.scales is None:
         return PackedWeight(fmt, layout, shape, data, None)
-    unit = _UNIT_OUTPUTS[layout]
-    padded = np.zeros((_round_up(n_out, unit), weight.scales.shape[1]), np.float16)
+    padded = np.zeros((_round_up(n_out, together), weight.scales.shape[1]), np.float16)
     padded[:n_out] = weight.scales
-    laid = padded.reshape(-1, unit, padded.shape[1]).transpose(0, 2, 1) if layout == "tiles" else padded.T
+    laid = padded.reshape(-1, together, padded.shape[1]).transpose(0, 2, 1)
     return PackedWeight(fmt, layout, shape, data, np.ascontiguousarray(laid).reshape(-1))
 
 
@@ -167,7 +165,8 @@ def unpack(packed: PackedWeight) -> EncodedWeight:
     n_out, n_in = shape
     data = np.empty((n_out, fmt.row_size_bytes(n_in)), np.uint8)
     stored = _view(packed.data, fmt, layout, shape)
-    for start, stop in _blocks(n_out, _padded_row_bytes(fmt, n_in), layout):
+    together = _stored_together(fmt, layout)
+    for start, stop in _blocks(n_out, _padded_row_bytes(fmt, n_in), together):
         rows = _load(stored, start, stop, fmt, layout)
         kept = min(stop, n_out) - start
         data[start : start + kept] = rows[:kept, : data.shape[1]]
@@ -178,10 +177,7 @@ def unpack(packed: PackedWeight) -> EncodedWeight:
     if packed.scales is None:
         return EncodedWeight(fmt, shape, data, None)
     groups = fmt.groups(n_in)
-    if layout == "tiles":
-        laid = packed.scales.reshape(-1, groups, _UNIT_OUTPUTS[layout]).transpose(0, 2, 1).reshape(-1, groups)
-    else:
-        laid = packed.scales.reshape(groups, -1).T
+    laid = packed.scales.reshape(-1, groups, together).transpose(0, 2, 1).reshape(-1, groups)
     return EncodedWeight(fmt, shape, data, np.ascontiguousarray(laid[:n_out]))
 
 
@@ -189,15 +185,19 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def _stored_together(fmt: WeightFormat, layout: str) -> int:
+    """Outputs in a tile or a block of columns: stored_together of csrc/kernels/matrix.h."""
+    return 8 if layout == "tiles" else 128 if fmt.name == "int4" else 64
+
+
 def _padded_row_bytes(fmt: WeightFormat, n_in: int) -> int:
     return _round_up(n_in, _COLUMN_PADDING) * _BITS[fmt.name] // 8
 
 
-def _blocks(n_out: int, row_bytes: int, layout: str) -> Iterator[tuple[int, int]]:
-    """First and last output, the last one padded and excluded, of blocks of whole units."""
-    unit = _UNIT_OUTPUTS[layout]
-    n_padded = _round_up(n_out, unit)
-    step = _round_up(max(1, _BLOCK_BYTES // row_bytes), unit)
+def _blocks(n_out: int, row_bytes: int, together: int) -> Iterator[tuple[int, int]]:
+    """First and last output, the last one padded and excluded, of multiples of `together` outputs."""
+    n_padded = _round_up(n_out, together)
+    step = _round_up(max(1, _BLOCK_BYTES // row_bytes), together)
     for start in range(0, n_padded, step):
         yield start, min(start + step, n_padded)
 
@@ -205,51 +205,50 @@ def _blocks(n_out: int, row_bytes: int, layout: str) -> Iterator[tuple[int, int]
 def _view(data: ByteArray, fmt: WeightFormat, layout: str, shape: Sequence[int]) -> _Words:
     """The packed numbers with an axis for everything that is reordered.
 
-    Tiles: words [tile, columns of a word, output]. Columns: numbers [column, output], and for int4 bytes
-    [pair of columns, column of the pair, block of 64 outputs, lane, byte of the lane].
+    Tiles: words [tile, columns of a word, output]. Columns: numbers [block, column, output], and for int4 bytes
+    [block, pair of columns, column of the pair, half of the block, lane, byte of the lane].
     """
-    n_outputs, n_inputs = _round_up(shape[0], _UNIT_OUTPUTS[layout]), _round_up(shape[1], _COLUMN_PADDING)
+    n_inputs = _round_up(shape[1], _COLUMN_PADDING)
+    together = _stored_together(fmt, layout)
+    n_blocks = -(-shape[0] // together)
     if layout == "tiles":
-        return data.view(_TILE_WORDS[fmt.name]).reshape(n_outputs // 8, -1, 8)
+        return data.view(_TILE_WORDS[fmt.name]).reshape(n_blocks, -1, together)
     if fmt.name == "int4":
-        return data.reshape(n_inputs // 2, 2, n_outputs // 64, 8, 4)
-    return data.view(_COLUMN_WORDS[fmt.name]).reshape(n_inputs, n_outputs)
+        return data.reshape(n_blocks, n_inputs // 2, 2, 2, 8, 4)
+    return data.view(_COLUMN_WORDS[fmt.name]).reshape(n_blocks, n_inputs, together)
 
 
 def _store(stored: _Words, rows: ByteArray, start: int, fmt: WeightFormat, layout: str) -> None:
     """Put padded rows, int4's already offset by 8, where outputs from `start` on belong."""
-    n_rows = rows.shape[0]
-    if layout == "tiles":
-        words = rows.view(_TILE_WORDS[fmt.name])
-        if fmt.name == "int4":
-            words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
-        tiles = words.reshape(n_rows // 8, 8, -1)
-        stored[start // 8 : (start + n_rows) // 8] = tiles.transpose(0, 2, 1)
-    elif fmt.name == "int4":
+    together = _stored_together(fmt, layout)
+    place = slice(start // together, (start + rows.shape[0]) // together)
+    if layout == "columns" and fmt.name == "int4":
         # Outputs 8s + j: those of an even s fill the low half of byte s / 2 of lane j, those of an odd s the high half.
-        low, high = np.moveaxis(rows.reshape(n_rows // 64, 4, 2, 8, -1), 2, 0)
-        place = slice(start // 64, (start + n_rows) // 64)
-        stored[:, 0, place] = (low & np.uint8(0x0F) | high << np.uint8(4)).transpose(3, 0, 2, 1)
-        stored[:, 1, place] = (low >> np.uint8(4) | high & np.uint8(0xF0)).transpose(3, 0, 2, 1)
-    else:
-        stored[:, start : start + n_rows] = rows.view(_COLUMN_WORDS[fmt.name]).T
+        low, high = np.moveaxis(rows.reshape(-1, 2, 4, 2, 8, rows.shape[1]), 3, 0)
+        stored[place, :, 0] = (low & np.uint8(0x0F) | high << np.uint8(4)).transpose(0, 4, 1, 3, 2)
+        stored[place, :, 1] = (low >> np.uint8(4) | high & np.uint8(0xF0)).transpose(0, 4, 1, 3, 2)
+        return
+    words = rows.view((_TILE_WORDS if layout == "tiles" else _COLUMN_WORDS)[fmt.name])
+    if fmt.name == "int4":
+        words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
+    stored[place] = words.reshape(-1, together, words.shape[1]).transpose(0, 2, 1)
 
 
 def _load(stored: _Words, start: int, stop: int, fmt: WeightFormat, layout: str) -> ByteArray:
     """Undo `_store`: padded rows [stop - start, bytes], int4's still offset by 8."""
     n_rows = stop - start
-    if layout == "tiles":
-        words = np.ascontiguousarray(stored[start // 8 : stop // 8].transpose(0, 2, 1)).reshape(n_rows, -1)
-        if fmt.name == "int4":
-            words = _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
-        return words.view(np.uint8)
-    if fmt.name == "int4":
-        even, odd = (stored[:, c, start // 64 : stop // 64].transpose(1, 3, 2, 0) for c in (0, 1))
-        rows = np.empty((n_rows // 64, 4, 2, 8, stored.shape[0]), np.uint8)
-        rows[:, :, 0] = even & np.uint8(0x0F) | odd << np.uint8(4)
-        rows[:, :, 1] = even >> np.uint8(4) | odd & np.uint8(0xF0)
+    together = _stored_together(fmt, layout)
+    place = slice(start // together, stop // together)
+    if layout == "columns" and fmt.name == "int4":
+        even, odd = (stored[place, :, c].transpose(0, 2, 4, 3, 1) for c in (0, 1))
+        rows = np.empty((n_rows // 128, 2, 4, 2, 8, stored.shape[1]), np.uint8)
+        rows[:, :, :, 0] = even & np.uint8(0x0F) | odd << np.uint8(4)
+        rows[:, :, :, 1] = even >> np.uint8(4) | odd & np.uint8(0xF0)
         return rows.reshape(n_rows, -1)
-    return np.ascontiguousarray(stored[:, start:stop].T).view(np.uint8)
+    words = np.ascontiguousarray(stored[place].transpose(0, 2, 1)).reshape(n_rows, -1)
+    if fmt.name == "int4":
+        words = _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
+    return words.view(np.uint8)
 
 
 def _swap(words: _Words, shift: int, mask: int) -> _Words:

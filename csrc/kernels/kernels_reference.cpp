@@ -48,12 +48,13 @@ std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) 
                 return (tile + input * kTileRows + lane) * bits;
         }
     }
-    const std::size_t row = input * matrix.padded_out();
+    const std::size_t outputs = stored_together(matrix.format, matrix.layout);
+    const std::size_t place = (output / outputs * matrix.padded_in() + input) * outputs;
+    const std::size_t inside = output % outputs;
     if (matrix.format == Format::kInt4) {
-        const std::size_t block = output / kColumnsBlock * kColumnsBlock;
-        return (row + block) * bits + output % 8 * 32 + output % kColumnsBlock / 8 * 4;
+        return place * bits + inside / 64 * 256 + inside % 8 * 32 + inside % 64 / 8 * 4;
     }
-    return (row + output) * bits;
+    return (place + inside) * bits;
 }
 
 double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
@@ -75,14 +76,13 @@ double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
 }
 
 double scale(const Matrix& matrix, std::size_t output, std::size_t group) {
-    const std::size_t at = matrix.layout == Layout::kTiles
-                               ? (output / kTileRows * matrix.n_groups() + group) * kTileRows + output % kTileRows
-                               : group * matrix.padded_out() + output;
-    return f16_value(matrix.scales[at]);
+    const std::size_t outputs = stored_together(matrix.format, matrix.layout);
+    return f16_value(matrix.scales[(output / outputs * matrix.n_groups() + group) * outputs + output % outputs]);
 }
 
-void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales, std::int32_t* sums) {
-    for (std::size_t begin = 0; begin < n; begin += group, ++scales, ++sums) {
+void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers, float* scales,
+          std::int32_t* sums) {
+    for (std::size_t begin = 0; begin < n; begin += group, integers += slots * group, scales += slots, sums += slots) {
         const std::size_t end = begin + group < n ? begin + group : n;
         double range = 0.0;
         bool finite = true;
@@ -92,9 +92,10 @@ void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* intege
         }
         *scales = finite ? static_cast<float>(range / 32767.0) : std::nanf("");
         *sums = 0;
-        for (std::size_t i = begin; i < begin + group; ++i) {
-            const bool some = finite && range > 0.0 && i < end;
-            integers[i] = some ? static_cast<std::int16_t>(std::nearbyint(x[i] * 32767.0 / range)) : std::int16_t{0};
+        for (std::size_t i = 0; i < group; ++i) {
+            const bool some = finite && range > 0.0 && begin + i < end;
+            integers[i] =
+                some ? static_cast<std::int16_t>(std::nearbyint(x[begin + i] * 32767.0 / range)) : std::int16_t{0};
             *sums += 8 * integers[i];
         }
     }
@@ -111,9 +112,10 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
                 for (std::size_t group = 0; group < matrix.n_groups(); ++group) {
                     double sum = 0.0;
                     for (std::size_t i = group * matrix.group; i < (group + 1) * matrix.group && i < matrix.n_in; ++i) {
-                        sum += weight(matrix, output, i) * x.integers[row * x.stride + i];
+                        const std::size_t at = (group * x.slots + row) * matrix.group + i % matrix.group;
+                        sum += weight(matrix, output, i) * x.integers[at];
                     }
-                    total += sum * x.scales[row * matrix.n_groups() + group] * scale(matrix, output, group);
+                    total += sum * x.scales[group * x.slots + row] * scale(matrix, output, group);
                 }
             } else {
                 for (std::size_t i = 0; i < matrix.n_in; ++i) {

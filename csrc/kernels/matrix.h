@@ -11,12 +11,13 @@
 //            1),
 //                             bits 4s to 4s+3 with s = (c mod 8) / 2, hold number + 8
 //            scales           (n_tiles, groups, 8) fp16
-//   columns  every input's outputs one after another, n_out padded to a multiple of 64, so that inputs whose activation
-//            is zero need not be read:
-//            f32, f16, bf16, int8   n_out numbers
-//            int4             32 bytes for outputs 64b to 64b+63: eight little-endian 32-bit lanes; lane j,
-//                             bits 4s to 4s+3, hold the number of output 64b + 8s + j, plus 8
-//            scales           (groups, n_out padded) fp16
+//   columns  outputs in blocks of 64, for int4 of 128 (the last one padded); a block holds its inputs one after
+//   another,
+//            each in whole cache lines, so that inputs whose activation is zero need not be read:
+//            f32, f16, bf16, int8   64 numbers, one for each output
+//            int4             64 bytes: sixteen little-endian 32-bit lanes; lane 8h + j, bits 4s to 4s+3, hold the
+//                             number of output 64h + 8s + j, plus 8
+//            scales           (n_blocks, groups, outputs of a block) fp16
 #pragma once
 
 #include <cstddef>
@@ -26,7 +27,6 @@ namespace goslet {
 
 constexpr std::size_t kTileRows = 8;
 constexpr std::size_t kColumnPadding = 32;
-constexpr std::size_t kColumnsBlock = 64;
 // Rows of activations that one product takes at most; longer prompts and larger batches go in pieces.
 constexpr std::size_t kMaxRows = 64;
 
@@ -56,6 +56,11 @@ constexpr std::size_t format_bits(Format format) {
     return 0;
 }
 
+// Outputs that are stored together, and to a multiple of which they are padded.
+constexpr std::size_t stored_together(Format format, Layout layout) {
+    return layout == Layout::kTiles ? kTileRows : (format == Format::kInt4 ? 128 : 64);
+}
+
 // A view of one matrix (n_out, n_in); owns nothing.
 struct Matrix {
     Format format;
@@ -68,26 +73,33 @@ struct Matrix {
 
     std::size_t padded_in() const { return round_up(n_in, kColumnPadding); }
     std::size_t n_groups() const { return group == 0 ? 0 : (n_in + group - 1) / group; }
-    // Outputs that one unit of work covers; a product is cut into units between threads.
-    std::size_t unit_outputs() const { return layout == Layout::kTiles ? kTileRows : kColumnsBlock; }
+    // Outputs that one unit of work covers; a product is cut into units between threads. Rows beside each other work on
+    // four tiles at once.
+    std::size_t unit_outputs() const {
+        return layout == Layout::kTiles ? 4 * kTileRows : stored_together(format, layout);
+    }
     std::size_t n_units() const { return (n_out + unit_outputs() - 1) / unit_outputs(); }
-    std::size_t padded_out() const { return n_units() * unit_outputs(); }
+    std::size_t padded_out() const { return round_up(n_out, stored_together(format, layout)); }
     std::size_t data_bytes() const { return padded_out() * padded_in() * format_bits(format) / 8; }
     std::size_t scales_bytes() const { return 2 * padded_out() * n_groups(); }
 };
 
-// Activations as a product reads them. Rows are `stride` apart; the numbers from n_in to the next multiple of
-// kColumnPadding (floats) or of the group (integers) are zero.
+// Activations as a product reads them.
 //
-// Against floating weights: `floats`. Against integer weights: x = integers · scale of the row's group, with integers
-// rounded to 16 bits, and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product.
+// Against floating weights: `floats`, rows `stride` apart, with zeros from n_in to the next multiple of kColumnPadding.
+//
+// Against integer weights: x = integers · scale of the row's group, with integers rounded to 16 bits and zeros from
+// n_in to the next multiple of the group, and `sums` the sum of each group's integers, times 8: what int4's offset adds
+// to a product. All rows of a group lie together, because a product works on one group of every row at a time: with
+// rows a power of two apart, they would fall into few sets of a cache.
 struct Activations {
-    std::size_t n_rows;  // at most kMaxRows
-    std::size_t stride;
+    std::size_t n_rows;            // at most kMaxRows
+    std::size_t stride;            // of floats
     const float* floats;           // (n_rows, stride), or null
-    const std::int16_t* integers;  // (n_rows, stride), or null
-    const float* scales;           // (n_rows, n_groups), or null
-    const std::int32_t* sums;      // (n_rows, n_groups), or null
+    std::size_t slots;             // rows that there is room for in each group, at least n_rows
+    const std::int16_t* integers;  // (n_groups, slots, group), or null
+    const float* scales;           // (n_groups, slots), or null
+    const std::int32_t* sums;      // (n_groups, slots), or null
 };
 
 }  // namespace goslet

@@ -1,9 +1,9 @@
 // Products of stored matrices and activations, written once over simd.h.
 //
 // An output's sum is formed in one fixed way, so that it depends neither on how many rows there are, nor on the cut
-// into units, nor on whether zeros are skipped. Integer weights: the sum over a group is exact, and the groups are
-// added in order. Floating weights: inputs with an even index make one sum and those with an odd index another, in
-// order.
+// into units, nor on whether zeros are skipped. The inputs are cut into groups, those of floating weights into chunks
+// of kFloatChunk; the sum over a group of integers is exact, the sum over a chunk is formed in order, and these sums
+// are added in order.
 //
 // One row is limited by memory, so its weights go from memory to registers once, and are fetched ahead. More rows are
 // limited by arithmetic, so a panel of weights is unpacked into the first-level cache and meets several rows at a time.
@@ -21,9 +21,9 @@ namespace {
 // Groups whose largest number is smaller count as zeros: 32767 / largest must not overflow.
 constexpr float kSmallestRange = 1e-30f;
 
-inline void pack(const float* x, std::size_t n, std::size_t group, std::int16_t* integers, float* scales,
-                 std::int32_t* sums) {
-    for (std::size_t begin = 0; begin < n; begin += group, integers += group, ++scales, ++sums) {
+inline void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers,
+                 float* scales, std::int32_t* sums) {
+    for (std::size_t begin = 0; begin < n; begin += group, integers += group * slots, scales += slots, sums += slots) {
         const float* from = x + begin;
         const std::size_t count = smaller(group, n - begin);
         std::memset(integers, 0, group * sizeof(std::int16_t));
@@ -67,11 +67,11 @@ inline void multiply_format(const Matrix& matrix, const Activations& x, std::siz
     const bool in_tiles = matrix.layout == Layout::kTiles;
     if constexpr (is_integer(kFormat)) {
         if (x.n_rows == 1 && in_tiles) {
-            for (std::size_t tile = first_unit; tile < end_unit; ++tile) {
-                row_of_integer_tile<kFormat>(matrix, x, tile, out);
-            }
+            row_of_integer_tiles<kFormat>(matrix, x, first_unit, end_unit, out);
+        } else if (x.n_rows == 1 && skip_zeros) {
+            row_of_integer_columns<kFormat, true>(matrix, x, first_unit, end_unit, out);
         } else if (x.n_rows == 1) {
-            row_of_integer_columns<kFormat>(matrix, x, first_unit, end_unit, out, skip_zeros);
+            row_of_integer_columns<kFormat, false>(matrix, x, first_unit, end_unit, out);
         } else if (in_tiles) {
             rows_of_integers<kFormat, Layout::kTiles>(matrix, x, first_unit, end_unit, out, out_stride);
         } else {
@@ -79,15 +79,11 @@ inline void multiply_format(const Matrix& matrix, const Activations& x, std::siz
         }
     } else {
         if (x.n_rows == 1 && in_tiles) {
-            std::size_t tile = first_unit;
-            for (; tile + kFloatTilesAtOnce <= end_unit; tile += kFloatTilesAtOnce) {
-                row_of_float_tiles<kFormat, kFloatTilesAtOnce>(matrix, x, tile, out);
-            }
-            for (; tile < end_unit; ++tile) {
-                row_of_float_tiles<kFormat, 1>(matrix, x, tile, out);
-            }
+            row_of_float_tiles<kFormat>(matrix, x, first_unit, end_unit, out);
+        } else if (x.n_rows == 1 && skip_zeros) {
+            row_of_float_columns<kFormat, true>(matrix, x, first_unit, end_unit, out);
         } else if (x.n_rows == 1) {
-            row_of_float_columns<kFormat>(matrix, x, first_unit, end_unit, out, skip_zeros);
+            row_of_float_columns<kFormat, false>(matrix, x, first_unit, end_unit, out);
         } else if (in_tiles) {
             rows_of_floats<kFormat, Layout::kTiles>(matrix, x, first_unit, end_unit, out, out_stride);
         } else {

@@ -9,8 +9,11 @@ constexpr std::size_t kMaxGroup = 128;
 constexpr std::size_t kLineBytes = 64;
 // How far ahead of its use data is fetched. On the machines measured, 2 KiB was better than 1 and 4.
 constexpr std::size_t kAheadBytes = 2048;
-// Inputs that a panel of floating weights holds.
+// Inputs whose products with floating weights make one sum.
 constexpr std::size_t kFloatChunk = 64;
+// Outputs that a block of columns is worked on at once; their sums fit into the registers.
+constexpr std::size_t kBlockOutputs = 64;
+constexpr std::size_t kBlockVectors = kBlockOutputs / kLanes;
 
 GOSLET_INLINE std::size_t smaller(std::size_t a, std::size_t b) {
     return a < b ? a : b;
@@ -32,15 +35,23 @@ GOSLET_INLINE void store_outputs(float* out, std::size_t first_output, std::size
     }
 }
 
-// What an integer sum of a group adds to an output.
-GOSLET_INLINE F32x8 add_group(F32x8 total, I32x8 sum, F32x8 x_scale, const std::uint16_t* scales) {
-    return fma(to_f32(sum) * x_scale, load_weights(reinterpret_cast<const F16*>(scales)), total);
+GOSLET_INLINE F32x8 load_scales(const std::uint16_t* scales) {
+    return load_weights(reinterpret_cast<const F16*>(scales));
 }
 
 // A group's integer sums start from what int4's offset of 8 will have added too much.
 template <Format kFormat>
-GOSLET_INLINE I32x8 first_sum(const Activations& x, std::size_t row, std::size_t group, std::size_t n_groups) {
-    return kFormat == Format::kInt4 ? broadcast_i32(-x.sums[row * n_groups + group]) : zero_i32();
+GOSLET_INLINE I32x8 first_sum(const Activations& x, std::size_t row, std::size_t group) {
+    return kFormat == Format::kInt4 ? broadcast_i32(-x.sums[group * x.slots + row]) : zero_i32();
+}
+
+// Outputs from a thread's first to its last.
+struct OutputRange {
+    std::size_t begin;
+    std::size_t end;
+};
+inline OutputRange outputs_of(const Matrix& matrix, std::size_t first_unit, std::size_t end_unit) {
+    return {first_unit * matrix.unit_outputs(), smaller(end_unit * matrix.unit_outputs(), matrix.n_out)};
 }
 
 template <Format>

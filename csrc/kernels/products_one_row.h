@@ -6,252 +6,267 @@
 namespace goslet {
 namespace {
 
-// Outputs of a matrix in columns that one row works on at once: their sums stay in the first-level cache while
-// memory is read along the inputs.
-constexpr std::size_t kSpanUnits = 16;
-
-// One row, integers in one tile. Tiles side by side would share the activations' loads, but two streams of memory were
+// Integers, one tile at a time. Tiles side by side would share the activations' loads, but two streams of memory were
 // slower than one.
 template <Format kFormat>
-GOSLET_INLINE void row_of_integer_tile(const Matrix& matrix, const Activations& x, std::size_t tile, float* out) {
+inline void row_of_integer_tiles(const Matrix& matrix, const Activations& x, std::size_t first_unit,
+                                 std::size_t end_unit, float* out) {
     using Tile = typename IntegerFormat<kFormat>::Tile;
     constexpr std::size_t kInputs = 2 * Tile::kPairs;  // of one unpacking
     constexpr std::size_t kUnpackings = kLineBytes / Tile::kBytes;
     constexpr std::size_t kChains = 4;  // so that a sum need not wait for the one before
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_groups();
-    const std::uint8_t* data = matrix.data + tile * padded_in / kInputs * Tile::kBytes;
-    const std::uint16_t* scales = matrix.scales + tile * n_groups * kLanes;
-    F32x8 total = zero();
-    for (std::size_t group = 0; group < n_groups; ++group, scales += kLanes) {
-        const std::size_t end = smaller((group + 1) * matrix.group, padded_in);
-        I32x8 sums[kChains] = {first_sum<kFormat>(x, 0, group, n_groups), zero_i32(), zero_i32(), zero_i32()};
-        for (std::size_t input = group * matrix.group; input < end; input += kUnpackings * kInputs) {
-            fetch_first(data + kAheadBytes);
+    const OutputRange range = outputs_of(matrix, first_unit, end_unit);
+    const std::uint8_t* data = matrix.data + range.begin / kLanes * padded_in / kInputs * Tile::kBytes;
+    const std::uint16_t* scales = matrix.scales + range.begin * n_groups;
+    for (std::size_t output = range.begin; output < range.end; output += kLanes) {
+        F32x8 total = zero();
+        for (std::size_t group = 0; group < n_groups; ++group, scales += kLanes) {
+            const std::size_t n_inputs = smaller(matrix.group, padded_in - group * matrix.group);
+            const std::int16_t* integers = x.integers + group * x.slots * matrix.group;
+            I32x8 sums[kChains] = {first_sum<kFormat>(x, 0, group), zero_i32(), zero_i32(), zero_i32()};
+            for (std::size_t input = 0; input < n_inputs; input += kUnpackings * kInputs) {
+                fetch_first(data + kAheadBytes);
 #pragma GCC unroll 4
-            for (std::size_t i = 0; i < kUnpackings; ++i, data += Tile::kBytes) {
-                const std::int16_t* integers = x.integers + input + i * kInputs;
-                Pairs pairs[Tile::kPairs];
-                Tile::unpack(data, pairs);
+                for (std::size_t i = 0; i < kUnpackings; ++i, data += Tile::kBytes, integers += kInputs) {
+                    Pairs pairs[Tile::kPairs];
+                    Tile::unpack(data, pairs);
 #pragma GCC unroll 4
-                for (std::size_t p = 0; p < Tile::kPairs; ++p) {
-                    I32x8& sum = sums[(i * Tile::kPairs + p) % kChains];
-                    sum = dot(sum, pairs[p], input_pair(integers + 2 * p));
+                    for (std::size_t p = 0; p < Tile::kPairs; ++p) {
+                        I32x8& sum = sums[(i * Tile::kPairs + p) % kChains];
+                        sum = dot(sum, pairs[p], input_pair(integers + 2 * p));
+                    }
                 }
             }
+            const I32x8 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            total = fma(to_f32(sum) * broadcast(x.scales[group * x.slots]), load_scales(scales), total);
         }
-        const I32x8 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        total = add_group(total, sum, broadcast(x.scales[group]), scales);
+        store_outputs(out, output, matrix.n_out, total);
     }
-    store_outputs(out, tile * kLanes, matrix.n_out, total);
 }
 
-// One row, floats in kTiles tiles at once, which give enough sums that need not wait for each other.
+// Floats in kTiles tiles, which give as many sums that need not wait for each other.
 template <Format kFormat, std::size_t kTiles>
-GOSLET_INLINE void row_of_float_tiles(const Matrix& matrix, const Activations& x, std::size_t tile, float* out) {
+GOSLET_INLINE void row_of_adjacent_tiles(const Matrix& matrix, const Activations& x, std::size_t output, float* out) {
     using Number = typename FloatFormat<kFormat>::Number;
+    constexpr std::size_t kLineNumbers = kLineBytes / sizeof(Number);
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t tile_numbers = padded_in * kLanes;
-    const Number* data = reinterpret_cast<const Number*>(matrix.data) + tile * tile_numbers;
-    F32x8 even[kTiles];
-    F32x8 odd[kTiles];
+    const Number* data = reinterpret_cast<const Number*>(matrix.data) + output * padded_in;
+    F32x8 totals[kTiles];
     for (std::size_t t = 0; t < kTiles; ++t) {
-        even[t] = odd[t] = zero();
+        totals[t] = zero();
     }
-    constexpr std::size_t kColumns = kLineBytes / (kLanes * sizeof(Number));
-    constexpr std::size_t kStep = kColumns < 2 ? 2 : kColumns;
-    for (std::size_t column = 0; column < padded_in; column += kStep) {
+    for (std::size_t chunk = 0; chunk < padded_in; chunk += kFloatChunk) {
+        const std::size_t end = smaller(chunk + kFloatChunk, padded_in);
+        F32x8 sums[kTiles];
         for (std::size_t t = 0; t < kTiles; ++t) {
-            for (std::size_t line = 0; line < kStep / kColumns; ++line) {
-                fetch_second(reinterpret_cast<const std::uint8_t*>(data + t * tile_numbers + column * kLanes) +
-                             line * kLineBytes + kAheadBytes);
+            sums[t] = zero();
+        }
+        for (std::size_t input = chunk; input < end; input += kLineNumbers / kLanes) {
+            for (std::size_t t = 0; t < kTiles; ++t) {
+                fetch_second(reinterpret_cast<const std::uint8_t*>(data + t * tile_numbers + input * kLanes) +
+                             kAheadBytes);
+            }
+#pragma GCC unroll 4
+            for (std::size_t i = input; i < input + kLineNumbers / kLanes; ++i) {
+                const F32x8 activation = broadcast(x.floats[i]);
+#pragma GCC unroll 4
+                for (std::size_t t = 0; t < kTiles; ++t) {
+                    sums[t] = fma(activation, load_weights(data + t * tile_numbers + i * kLanes), sums[t]);
+                }
             }
         }
-#pragma GCC unroll 4
-        for (std::size_t c = column; c < column + kStep; c += 2) {
-            const F32x8 first = broadcast(x.floats[c]);
-            const F32x8 second = broadcast(x.floats[c + 1]);
-#pragma GCC unroll 4
-            for (std::size_t t = 0; t < kTiles; ++t) {
-                even[t] = fma(first, load_weights(data + t * tile_numbers + c * kLanes), even[t]);
-                odd[t] = fma(second, load_weights(data + t * tile_numbers + (c + 1) * kLanes), odd[t]);
-            }
+        for (std::size_t t = 0; t < kTiles; ++t) {
+            totals[t] = totals[t] + sums[t];
         }
     }
     for (std::size_t t = 0; t < kTiles; ++t) {
-        store_outputs(out, (tile + t) * kLanes, matrix.n_out, even[t] + odd[t]);
+        store_outputs(out, output + t * kLanes, matrix.n_out, totals[t]);
     }
 }
 
-// Inputs of a matrix in columns that meet all units of a span before the next ones do: enough to keep a sum in
-// registers for a while, and few enough to read memory forward.
-constexpr std::size_t kColumnsAtOnce = 16;
+template <Format kFormat>
+inline void row_of_float_tiles(const Matrix& matrix, const Activations& x, std::size_t first_unit, std::size_t end_unit,
+                               float* out) {
+    const OutputRange range = outputs_of(matrix, first_unit, end_unit);
+    std::size_t output = range.begin;
+    for (; output + kFloatTilesAtOnce * kLanes <= range.end; output += kFloatTilesAtOnce * kLanes) {
+        row_of_adjacent_tiles<kFormat, kFloatTilesAtOnce>(matrix, x, output, out);
+    }
+    for (; output < range.end; output += kLanes) {
+        row_of_adjacent_tiles<kFormat, 1>(matrix, x, output, out);
+    }
+}
 
-// Two inputs of a matrix in columns. One without a partner has itself, with a zero.
-struct TwoInputs {
-    std::size_t offsets[2];  // of their weights, in bytes
-    std::int16_t x[2];
+// Some inputs of a group or chunk, counted from its first, with their activations. An odd one has itself as a partner,
+// with a zero.
+template <typename Number, std::size_t kMost>
+struct Inputs {
+    std::uint16_t at[kMost + 1];
+    Number x[kMost + 1];
+    std::size_t count;
+
+    void take_all(const Number* activations, std::size_t n) {
+        for (std::size_t i = 0; i < n; ++i) {
+            at[i] = static_cast<std::uint16_t>(i);
+            x[i] = activations[i];
+        }
+        count = n;
+    }
+
+    // Only those that are not zero, whose weights begin to be fetched.
+    void take_active(const Number* activations, std::size_t n, const std::uint8_t* weights, std::size_t input_bytes) {
+        count = 0;
+        for (std::size_t i = 0; i < n; ++i) {
+            at[count] = static_cast<std::uint16_t>(i);
+            x[count] = activations[i];
+            count += activations[i] != Number{0};
+        }
+        for (std::size_t i = 0; i < count; ++i) {
+            for (std::size_t line = 0; line < input_bytes; line += kLineBytes) {
+                fetch_second(weights + at[i] * input_bytes + line);
+            }
+        }
+        at[count] = count == 0 ? std::uint16_t{0} : at[count - 1];
+        x[count] = Number{0};
+    }
 };
 
-// The inputs [begin, end) in pairs, without those whose activation is zero if `skip_zeros`. Returns how many pairs.
-inline std::size_t list_pairs(const std::int16_t* x, std::size_t begin, std::size_t end, bool skip_zeros,
-                              std::size_t input_bytes, TwoInputs* pairs) {
-    std::size_t count = 0;
-    for (std::size_t i = begin; i < end; ++i) {
-        TwoInputs& pair = pairs[count / 2];
-        pair.offsets[count % 2] = i * input_bytes;
-        pair.x[count % 2] = x[i];
-        count += !skip_zeros || x[i] != 0;
-    }
-    if (count % 2 != 0) {
-        pairs[count / 2].offsets[1] = pairs[count / 2].offsets[0];
-        pairs[count / 2].x[1] = 0;
-    }
-    return (count + 1) / 2;
-}
-
-// One row, integers in columns.
-template <Format kFormat>
+// Integers in columns, one block at a time, its groups one after another, and each group in parts of kBlockOutputs.
+template <Format kFormat, bool kSkipZeros>
 inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, std::size_t first_unit,
-                                   std::size_t end_unit, float* out, bool skip_zeros) {
+                                   std::size_t end_unit, float* out) {
     using Columns = typename IntegerFormat<kFormat>::Columns;
-    constexpr std::size_t kUnitVectors = kColumnsBlock / kLanes;
-    constexpr std::size_t kUnitBytes = kColumnsBlock * format_bits(kFormat) / 8;
-    constexpr std::size_t kPairsAtOnce = kColumnsAtOnce / 2;
+    constexpr std::size_t kOutputs = stored_together(kFormat, Layout::kColumns);
+    constexpr std::size_t kParts = kOutputs / kBlockOutputs;
+    constexpr std::size_t kInputBytes = kOutputs * format_bits(kFormat) / 8;
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_groups();
-    const std::size_t input_bytes = matrix.n_units() * kUnitBytes;
-    for (std::size_t span = first_unit; span < end_unit; span += kSpanUnits) {
-        const std::size_t span_end = smaller(span + kSpanUnits, end_unit);
-        const std::size_t n_numbers = (span_end - span) * kColumnsBlock;
-        alignas(64) float totals[kSpanUnits * kColumnsBlock];
-        alignas(64) std::int32_t sums[kSpanUnits * kColumnsBlock];
-        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-            store(totals + i, zero());
-        }
-        // This group's pairs and the next group's, whose weights are fetched while this group ends.
-        TwoInputs pairs[kMaxGroup + 1];
-        std::size_t n_pairs =
-            list_pairs(x.integers, 0, smaller(matrix.group, padded_in), skip_zeros, input_bytes, pairs);
-        for (std::size_t group = 0; group < n_groups; ++group) {
-            const std::size_t next = smaller((group + 1) * matrix.group, padded_in);
-            const std::size_t n_next = list_pairs(x.integers, next, smaller(next + matrix.group, padded_in), skip_zeros,
-                                                  input_bytes, pairs + n_pairs);
-            for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-                store_i32(sums + i, first_sum<kFormat>(x, 0, group, n_groups));
+    const std::uint8_t* data = matrix.data + first_unit * padded_in * kInputBytes;
+    const std::uint16_t* scales = matrix.scales + first_unit * n_groups * kOutputs;
+    Inputs<std::int16_t, kMaxGroup> lists[2];
+    for (std::size_t unit = first_unit; unit < end_unit; ++unit) {
+        F32x8 totals[kParts][kBlockVectors];
+        for (std::size_t part = 0; part < kParts; ++part) {
+            for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                totals[part][v] = zero();
             }
-            for (std::size_t begin = 0; begin < n_pairs; begin += kPairsAtOnce) {
-                const std::size_t end = smaller(begin + kPairsAtOnce, n_pairs);
-                for (std::size_t unit = span; unit < span_end; ++unit) {
-                    const std::uint8_t* data = matrix.data + unit * kUnitBytes;
-                    std::int32_t* unit_sums = sums + (unit - span) * kColumnsBlock;
-                    I32x8 partial[kUnitVectors];
+        }
+        for (std::size_t group = 0; group < n_groups; ++group, scales += kOutputs) {
+            const std::size_t left = padded_in - group * matrix.group;
+            const std::size_t n_inputs = smaller(matrix.group, left);
+            const std::int16_t* integers = x.integers + group * x.slots * matrix.group;
+            Inputs<std::int16_t, kMaxGroup>& inputs = lists[kSkipZeros ? group % 2 : 0];
+            if constexpr (kSkipZeros) {
+                // One group ahead, so that its weights arrive while this one is worked on.
+                if (group == 0) {
+                    inputs.take_active(integers, n_inputs, data, kInputBytes);
+                }
+                lists[(group + 1) % 2].take_active(integers + x.slots * matrix.group,
+                                                   smaller(matrix.group, left - n_inputs),
+                                                   data + n_inputs * kInputBytes, kInputBytes);
+            } else {
+                inputs.take_all(integers, n_inputs);
+            }
+            const F32x8 x_scale = broadcast(x.scales[group * x.slots]);
+            for (std::size_t part = 0; part < kParts; ++part) {
+                const std::uint8_t* weights = data + part * (kInputBytes / kParts);
+                I32x8 sums[kBlockVectors];
 #pragma GCC unroll 8
-                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                        partial[v] = load_i32(unit_sums + v * kLanes);
+                for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                    sums[v] = first_sum<kFormat>(x, 0, group);
+                }
+                for (std::size_t i = 0; i < inputs.count; i += 2) {
+                    const std::uint8_t* first = weights + inputs.at[i] * kInputBytes;
+                    const std::uint8_t* second = weights + inputs.at[i + 1] * kInputBytes;
+                    if (!kSkipZeros && part == 0) {
+                        fetch_first(first + kAheadBytes);
+                        fetch_first(second + kAheadBytes);
                     }
-                    for (std::size_t i = begin; i < end; ++i) {
-                        const TwoInputs& ahead = pairs[smaller(i + kPairsAtOnce, n_pairs + n_next - 1)];
-                        fetch_second(data + ahead.offsets[0]);
-                        fetch_second(data + ahead.offsets[1]);
-                        const std::uint8_t* first = data + pairs[i].offsets[0];
-                        const std::uint8_t* second = data + pairs[i].offsets[1];
-                        const InputPair activations = input_pair(pairs[i].x);
+                    const InputPair activations = input_pair(inputs.x + i);
 #pragma GCC unroll 8
-                        for (std::size_t v = 0; v < kUnitVectors; v += Columns::kPairs) {
-                            Pairs weights[Columns::kPairs];
-                            Columns::unpack(first, second, v, weights);
+                    for (std::size_t v = 0; v < kBlockVectors; v += Columns::kPairs) {
+                        Pairs pairs[Columns::kPairs];
+                        Columns::unpack(first, second, v, pairs);
 #pragma GCC unroll 8
-                            for (std::size_t p = 0; p < Columns::kPairs; ++p) {
-                                partial[v + p] = dot(partial[v + p], weights[p], activations);
-                            }
+                        for (std::size_t p = 0; p < Columns::kPairs; ++p) {
+                            sums[v + p] = dot(sums[v + p], pairs[p], activations);
                         }
                     }
+                }
 #pragma GCC unroll 8
-                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                        store_i32(unit_sums + v * kLanes, partial[v]);
-                    }
+                for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                    const F32x8 scale = load_scales(scales + part * kBlockOutputs + v * kLanes);
+                    totals[part][v] = fma(to_f32(sums[v]) * x_scale, scale, totals[part][v]);
                 }
             }
-            const F32x8 x_scale = broadcast(x.scales[group]);
-            const std::uint16_t* scales = matrix.scales + group * matrix.padded_out() + span * kColumnsBlock;
-            for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-                store(totals + i, add_group(load(totals + i), load_i32(sums + i), x_scale, scales + i));
-            }
-            std::memmove(pairs, pairs + n_pairs, n_next * sizeof pairs[0]);
-            n_pairs = n_next;
+            data += n_inputs * kInputBytes;
         }
-        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-            store_outputs(out, span * kColumnsBlock + i, matrix.n_out, load(totals + i));
+        for (std::size_t part = 0; part < kParts; ++part) {
+            for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                store_outputs(out, unit * kOutputs + part * kBlockOutputs + v * kLanes, matrix.n_out, totals[part][v]);
+            }
         }
     }
 }
 
-// One row, floats in columns. Of every kFloatChunk inputs, those with an even index come first.
-template <Format kFormat>
+// Floats in columns, one block at a time.
+template <Format kFormat, bool kSkipZeros>
 inline void row_of_float_columns(const Matrix& matrix, const Activations& x, std::size_t first_unit,
-                                 std::size_t end_unit, float* out, bool skip_zeros) {
+                                 std::size_t end_unit, float* out) {
     using Number = typename FloatFormat<kFormat>::Number;
-    constexpr std::size_t kUnitVectors = kColumnsBlock / kLanes;
-    constexpr std::size_t kUnitBytes = kColumnsBlock * sizeof(Number);
+    constexpr std::size_t kInputBytes = kBlockOutputs * sizeof(Number);
     const std::size_t padded_in = matrix.padded_in();
-    const std::size_t padded_out = matrix.padded_out();
-    for (std::size_t span = first_unit; span < end_unit; span += kSpanUnits) {
-        const std::size_t span_end = smaller(span + kSpanUnits, end_unit);
-        const std::size_t n_numbers = (span_end - span) * kColumnsBlock;
-        alignas(64) float totals[2][kSpanUnits * kColumnsBlock];
-        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-            store(totals[0] + i, zero());
-            store(totals[1] + i, zero());
+    const std::uint8_t* data = matrix.data + first_unit * padded_in * kInputBytes;
+    Inputs<float, kFloatChunk> lists[2];
+    for (std::size_t unit = first_unit; unit < end_unit; ++unit) {
+        F32x8 totals[kBlockVectors];
+        for (std::size_t v = 0; v < kBlockVectors; ++v) {
+            totals[v] = zero();
         }
         for (std::size_t chunk = 0; chunk < padded_in; chunk += kFloatChunk) {
-            std::size_t inputs[kFloatChunk + 1];
-            std::size_t ends[2];
-            std::size_t count = 0;
-            for (std::size_t parity = 0; parity < 2; ++parity) {
-                for (std::size_t i = chunk + parity; i < smaller(chunk + kFloatChunk, padded_in); i += 2) {
-                    inputs[count] = i;
-                    count += !skip_zeros || x.floats[i] != 0.0f;
+            const std::size_t n_inputs = smaller(kFloatChunk, padded_in - chunk);
+            Inputs<float, kFloatChunk>& inputs = lists[kSkipZeros ? chunk / kFloatChunk % 2 : 0];
+            if constexpr (kSkipZeros) {
+                if (chunk == 0) {
+                    inputs.take_active(x.floats, n_inputs, data, kInputBytes);
                 }
-                ends[parity] = count;
+                const std::size_t next = chunk + n_inputs;
+                lists[(chunk / kFloatChunk + 1) % 2].take_active(x.floats + next,
+                                                                 smaller(kFloatChunk, padded_in - next),
+                                                                 data + n_inputs * kInputBytes, kInputBytes);
+            } else {
+                inputs.take_all(x.floats + chunk, n_inputs);
             }
-            std::size_t begin = 0;
-            while (begin < count) {
-                const std::size_t parity = begin < ends[0] ? 0 : 1;
-                const std::size_t end = smaller(begin + kColumnsAtOnce, ends[parity]);
-                for (std::size_t unit = span; unit < span_end; ++unit) {
-                    const Number* data = reinterpret_cast<const Number*>(matrix.data) + unit * kColumnsBlock;
-                    float* unit_totals = totals[parity] + (unit - span) * kColumnsBlock;
-                    F32x8 sums[kUnitVectors];
+            F32x8 sums[kBlockVectors];
 #pragma GCC unroll 8
-                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                        sums[v] = load(unit_totals + v * kLanes);
-                    }
-                    for (std::size_t i = begin; i < end; ++i) {
-                        // Past the chunk, the next one's first inputs are a guess, which is right without zeros.
-                        const std::size_t ahead = i + kColumnsAtOnce < count
-                                                      ? inputs[i + kColumnsAtOnce]
-                                                      : chunk + kFloatChunk + 2 * (i + kColumnsAtOnce - count);
-                        for (std::size_t byte = 0; byte < kUnitBytes; byte += kLineBytes) {
-                            fetch_second(reinterpret_cast<const std::uint8_t*>(data + ahead * padded_out) + byte);
-                        }
-                        const F32x8 activation = broadcast(x.floats[inputs[i]]);
-                        const Number* weights = data + inputs[i] * padded_out;
-#pragma GCC unroll 8
-                        for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                            sums[v] = fma(activation, load_weights(weights + v * kLanes), sums[v]);
-                        }
-                    }
-#pragma GCC unroll 8
-                    for (std::size_t v = 0; v < kUnitVectors; ++v) {
-                        store(unit_totals + v * kLanes, sums[v]);
+            for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                sums[v] = zero();
+            }
+            for (std::size_t i = 0; i < inputs.count; ++i) {
+                const std::uint8_t* weights = data + inputs.at[i] * kInputBytes;
+                if constexpr (!kSkipZeros) {
+                    for (std::size_t line = 0; line < kInputBytes; line += kLineBytes) {
+                        fetch_first(weights + line + kAheadBytes);
                     }
                 }
-                begin = end;
+                const F32x8 activation = broadcast(inputs.x[i]);
+#pragma GCC unroll 8
+                for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                    sums[v] =
+                        fma(activation, load_weights(reinterpret_cast<const Number*>(weights) + v * kLanes), sums[v]);
+                }
             }
+#pragma GCC unroll 8
+            for (std::size_t v = 0; v < kBlockVectors; ++v) {
+                totals[v] = totals[v] + sums[v];
+            }
+            data += n_inputs * kInputBytes;
         }
-        for (std::size_t i = 0; i < n_numbers; i += kLanes) {
-            store_outputs(out, span * kColumnsBlock + i, matrix.n_out, load(totals[0] + i) + load(totals[1] + i));
+        for (std::size_t v = 0; v < kBlockVectors; ++v) {
+            store_outputs(out, unit * kBlockOutputs + v * kLanes, matrix.n_out, totals[v]);
         }
     }
 }

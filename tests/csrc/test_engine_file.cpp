@@ -85,6 +85,8 @@ struct Section {
     const char* verify = "open";
 };
 
+constexpr std::uint32_t kVersion = 3;
+
 // A container put together by hand, so that the writer's mistakes are not made twice. Its header fits in a page.
 std::string container_bytes(std::string_view magic, std::uint32_t version, const std::string& members,
                             const std::vector<Section>& sections) {
@@ -135,7 +137,7 @@ std::string engine_bytes(const StoredTensor& tensor) {
         std::to_string(tensor.data_bytes) + R"(,"scales_offset":)" +
         (has_scales ? std::to_string(scales_offset) : "null") + R"(,"scales_size_bytes":)" +
         std::to_string(tensor.scales_bytes) + "}]";
-    return container_bytes("\x89GOSL\r\n\x1a", 2, members,
+    return container_bytes("\x89GOSL\r\n\x1a", kVersion, members,
                            {{"graph", "g"}, {"program", "[]"}, {"weights", weights, "check"}});
 }
 
@@ -320,10 +322,10 @@ TEST(every_cut_is_noticed) {
 TEST(versions_and_features_are_told_from_damage) {
     const Folder folder;
     const std::vector<Section> none;
-    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", 1, "\"x\":0", none)) == "unsupported");
-    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", 3, "\"x\":0", none)) == "unsupported");
-    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", 2, "\"x\":0", none)) == "damaged");
-    CHECK(engine_error(folder, container_bytes("GOSLETST", 2, "\"x\":0", none)) == "damaged");
+    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion - 1, "\"x\":0", none)) == "unsupported");
+    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion + 1, "\"x\":0", none)) == "unsupported");
+    CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none)) == "damaged");
+    CHECK(engine_error(folder, container_bytes("GOSLETST", kVersion, "\"x\":0", none)) == "damaged");
 }
 
 TEST(only_ordinary_files_are_opened) {

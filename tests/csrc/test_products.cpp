@@ -118,11 +118,12 @@ void put(Weights& weights, std::size_t output, std::size_t input, std::uint32_t 
             std::memcpy(&data[((tile * matrix.padded_in() + input) * 8 + lane) * size], &bits, size);
         }
     } else if (matrix.format == Format::kInt4) {
-        const std::size_t block = (input * matrix.padded_out() / 64 + output / 64) * 32;
-        const std::size_t bit = (output % 8) * 32 + 4 * (output % 64 / 8);
-        data[block + bit / 8] |= static_cast<std::uint8_t>(bits << bit % 8);
+        const std::size_t line = (output / 128 * matrix.padded_in() + input) * 64;
+        const std::size_t bit = output % 128 / 64 * 256 + (output % 8) * 32 + 4 * (output % 64 / 8);
+        data[line + bit / 8] |= static_cast<std::uint8_t>(bits << bit % 8);
     } else {
-        std::memcpy(&data[(input * matrix.padded_out() + output) * size], &bits, size);
+        const std::size_t place = (output / 64 * matrix.padded_in() + input) * 64 + output % 64;
+        std::memcpy(&data[place * size], &bits, size);
     }
 }
 
@@ -151,8 +152,8 @@ Weights make_weights(Format format, Layout layout, std::size_t group, std::size_
         for (std::size_t i = 0; i < n_groups; ++i) {
             const std::uint16_t bits = random_scale(kind, random);
             weights.group_scales[output * n_groups + i] = f16_value(bits);
-            weights.scales[layout == Layout::kTiles ? (output / 8 * n_groups + i) * 8 + output % 8
-                                                    : i * matrix.padded_out() + output] = bits;
+            const std::size_t width = layout == Layout::kTiles ? 8 : (format == Format::kInt4 ? 128 : 64);
+            weights.scales[(output / width * n_groups + i) * width + output % width] = bits;
         }
     }
     matrix.data = weights.data.data();
@@ -168,12 +169,10 @@ struct Inputs {
     std::vector<std::int32_t> sums;
 
     Activations rows(const Matrix& matrix, std::size_t first, std::size_t n_rows) const {
-        const std::size_t n_groups = matrix.n_groups();
         if (is_integer(matrix.format)) {
-            return {
-                n_rows, stride, nullptr, &integers[first * stride], &scales[first * n_groups], &sums[first * n_groups]};
+            return {n_rows, 0, nullptr, kMaxRows, &integers[first * matrix.group], &scales[first], &sums[first]};
         }
-        return {n_rows, stride, &floats[first * stride], nullptr, nullptr, nullptr};
+        return {n_rows, stride, &floats[first * stride], 0, nullptr, nullptr, nullptr};
     }
 };
 
@@ -184,7 +183,7 @@ Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
     const std::size_t n_groups = matrix.n_groups();
     inputs.stride = round_up(matrix.n_in, std::max(matrix.group, kColumnPadding)) + kColumnPadding;
     inputs.floats.resize(kMaxRows * inputs.stride);
-    inputs.integers.resize(kMaxRows * inputs.stride);
+    inputs.integers.resize(kMaxRows * n_groups * matrix.group);
     inputs.scales.resize(kMaxRows * n_groups);
     inputs.sums.resize(kMaxRows * n_groups);
     for (std::size_t row = 0; row < kMaxRows; ++row) {
@@ -194,15 +193,17 @@ Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
             }
             const bool negative = (random() & 1) != 0;
             const int integer = kind == Data::kLargest ? 32767 : static_cast<int>(random() % 32768);
-            inputs.integers[row * inputs.stride + i] = static_cast<std::int16_t>(negative ? -integer : integer);
             inputs.floats[row * inputs.stride + i] =
                 std::ldexp(static_cast<float>(negative ? -integer : integer), kind == Data::kTiny ? -20 : -13);
             if (matrix.group != 0) {
-                inputs.sums[row * n_groups + i / matrix.group] += 8 * (negative ? -integer : integer);
+                const std::size_t slot = i / matrix.group * kMaxRows + row;
+                inputs.integers[slot * matrix.group + i % matrix.group] =
+                    static_cast<std::int16_t>(negative ? -integer : integer);
+                inputs.sums[slot] += 8 * (negative ? -integer : integer);
             }
         }
         for (std::size_t i = 0; i < n_groups; ++i) {
-            inputs.scales[row * n_groups + i] = std::ldexp(static_cast<float>(1 + random() % 4096), -24);
+            inputs.scales[i * kMaxRows + row] = std::ldexp(static_cast<float>(1 + random() % 4096), -24);
         }
     }
     return inputs;
@@ -214,8 +215,9 @@ struct Expected {
 
 // Integers: a group's sum is exact; its conversion, its product with the activations' scale and the fused addition
 // round once each, and later groups round the total again: n_groups + 2 roundings, each of at most the sum of the
-// terms' sizes. Floats: at most n_in / 2 + 1 additions and a rounded product. Products below the normal numbers lose up
-// to half of the smallest float each. The result in double is rounded beyond all of these.
+// terms' sizes. Floats: chunks of 64, so at most 64 additions (fused or not, then with a rounded product) in a chunk
+// and one for each chunk. Products below the normal numbers lose up to half of the smallest float each. The result in
+// double is rounded beyond all of these.
 Expected expect(const Weights& weights, const Inputs& inputs) {
     const Matrix& matrix = weights.matrix;
     const std::size_t n_groups = matrix.n_groups();
@@ -229,16 +231,19 @@ Expected expect(const Weights& weights, const Inputs& inputs) {
                 if (matrix.group == 0) {
                     term = weights.value(output, begin) * inputs.floats[row * inputs.stride + begin];
                 } else {
-                    for (std::size_t i = begin; i < std::min(begin + matrix.group, matrix.n_in); ++i) {
-                        term += weights.value(output, i) * inputs.integers[row * inputs.stride + i];
-                    }
                     const std::size_t group = begin / matrix.group;
-                    term *= inputs.scales[row * n_groups + group] * weights.scale(output, group);
+                    const std::size_t slot = group * kMaxRows + row;
+                    for (std::size_t i = begin; i < std::min(begin + matrix.group, matrix.n_in); ++i) {
+                        term += weights.value(output, i) * inputs.integers[slot * matrix.group + i - begin];
+                    }
+                    term *= inputs.scales[slot] * weights.scale(output, group);
                 }
                 total += term;
                 size += std::fabs(term);
             }
-            const auto n_roundings = static_cast<double>(matrix.group == 0 ? (matrix.n_in + 1) / 2 + 2 : n_groups + 2);
+            const auto n_roundings = static_cast<double>(matrix.group == 0 ? std::min<std::size_t>(matrix.n_in, 64) +
+                                                                                 1 + (matrix.n_in + 63) / 64
+                                                                           : n_groups + 2);
             expected.values.push_back(total);
             expected.tolerances.push_back(1.001 * n_roundings * kUnit * size +
                                           static_cast<double>(matrix.n_in) * kSmallestFloat);
@@ -408,9 +413,9 @@ TEST(sums_do_not_overflow) {
             for (const int integer : {32767, -32767}) {
                 Inputs inputs;
                 inputs.stride = 128;
-                inputs.integers.assign(2 * 128, static_cast<std::int16_t>(integer));
-                inputs.scales = {1.0f, 1.0f};
-                inputs.sums = {8 * 128 * integer, 8 * 128 * integer};
+                inputs.integers.assign(kMaxRows * 128, static_cast<std::int16_t>(integer));
+                inputs.scales.assign(kMaxRows, 1.0f);
+                inputs.sums.assign(kMaxRows, 8 * 128 * integer);
                 for (const Isa isa : available_isas()) {
                     for (const std::size_t n_rows : {1, 2}) {
                         const Outputs out =
@@ -419,6 +424,42 @@ TEST(sums_do_not_overflow) {
                         CHECK_CLOSE(out.row(n_rows - 1)[63], expected, kUnit * std::fabs(expected));
                     }
                 }
+            }
+        }
+    }
+}
+
+// Rows side by side, as products read them: each is what it is alone, and nothing else is written.
+TEST(packed_rows_side_by_side) {
+    constexpr std::size_t kGroup = 32;
+    constexpr std::size_t kSlots = 3;
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    for (const std::size_t n : {1, 33, 100}) {
+        const std::size_t n_groups = (n + kGroup - 1) / kGroup;
+        for (const Isa isa : available_isas()) {
+            const Kernels& kernels = kernels_for(isa);
+            std::vector<std::int16_t> integers(n_groups * kSlots * kGroup, 77);
+            std::vector<float> scales(n_groups * kSlots, -1.0f);
+            std::vector<std::int32_t> sums(n_groups * kSlots, 77);
+            for (const std::size_t row : {2, 0}) {
+                std::vector<float> x(n);
+                std::generate(x.begin(), x.end(), [&] { return normal(random); });
+                kernels.pack(x.data(), n, kGroup, kSlots, &integers[row * kGroup], &scales[row], &sums[row]);
+                std::vector<std::int16_t> alone(n_groups * kGroup);
+                std::vector<float> alone_scales(n_groups);
+                std::vector<std::int32_t> alone_sums(n_groups);
+                kernels.pack(x.data(), n, kGroup, 1, alone.data(), alone_scales.data(), alone_sums.data());
+                for (std::size_t i = 0; i < n_groups; ++i) {
+                    const std::size_t slot = i * kSlots + row;
+                    CHECK(scales[slot] == alone_scales[i] && sums[slot] == alone_sums[i]);
+                    CHECK(std::equal(&alone[i * kGroup], &alone[i * kGroup] + kGroup, &integers[slot * kGroup]));
+                }
+            }
+            for (std::size_t i = 0; i < n_groups; ++i) {
+                const std::size_t slot = i * kSlots + 1;
+                CHECK(scales[slot] == -1.0f && sums[slot] == 77);
+                CHECK(std::count(&integers[slot * kGroup], &integers[slot * kGroup] + kGroup, 77) == kGroup);
             }
         }
     }
@@ -443,7 +484,7 @@ TEST(packed_activations) {
                 std::vector<std::int16_t> integers(n_groups * group + 1, 77);
                 std::vector<float> scales(n_groups + 1, -1.0f);
                 std::vector<std::int32_t> sums(n_groups + 1, 77);
-                kernels_for(isa).pack(x.data(), n, group, integers.data(), scales.data(), sums.data());
+                kernels_for(isa).pack(x.data(), n, group, 1, integers.data(), scales.data(), sums.data());
                 for (std::size_t i = 0; i < n_groups; ++i) {
                     double range = 0.0;
                     std::int32_t sum = 0;
@@ -473,14 +514,14 @@ TEST(packed_extremes) {
         std::vector<float> x(32, 0.0f);
         x[3] = -largest;
         x[4] = largest;
-        kernels_for(isa).pack(x.data(), 32, 32, integers, &scale, &sum);
+        kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
         CHECK(integers[3] == -32767 && integers[4] == 32767 && sum == 0);
         CHECK_CLOSE(scale / (largest / 32767), 1.0, 2 * kUnit);
 
         for (const float tiny : {1e-29f, 1e-33f, 1e-38f, 1e-45f}) {
             std::fill(x.begin(), x.end(), 0.0f);
             x[9] = tiny;
-            kernels_for(isa).pack(x.data(), 32, 32, integers, &scale, &sum);
+            kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
             CHECK_CLOSE(integers[9] * static_cast<double>(scale), tiny, 1e-30);
             CHECK(integers[8] == 0 && sum == 8 * integers[9]);
         }
@@ -488,7 +529,7 @@ TEST(packed_extremes) {
             for (const std::size_t at : {0, 17, 31}) {
                 std::fill(x.begin(), x.end(), 1.0f);
                 x[at] = bad;
-                kernels_for(isa).pack(x.data(), 32, 32, integers, &scale, &sum);
+                kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
                 CHECK(std::isnan(scale) && integers[at] == 0 && sum == 0);
             }
         }

@@ -34,7 +34,9 @@ def padded(size: int, multiple: int) -> int:
 def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]:
     """The comment at the top of csrc/kernels/matrix.h, one number at a time."""
     fmt, (n_out, n_in) = weight.format, weight.shape
-    outs, ins = padded(n_out, 8 if layout == "tiles" else 64), padded(n_in, 32)
+    together = 8 if layout == "tiles" else 128 if fmt.name == "int4" else 64
+    outs, ins = padded(n_out, together), padded(n_in, 32)
+    blocks = [range(first, first + together) for first in range(0, outs, together)]
     size = FLOAT_BYTES.get(fmt.name, 1)
     values = quantized_values(weight).tolist() if fmt.is_integer else []
 
@@ -70,21 +72,21 @@ def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]
                     for o in range(8):
                         out += number(8 * tile + o, c)
     else:
-        for c in range(ins):
-            if fmt.name == "int4":
-                for b in range(outs // 64):
-                    for j in range(8):
-                        lane = sum(nibble(64 * b + 8 * s + j, c) << (4 * s) for s in range(8))
-                        out += lane.to_bytes(4, "little")
-            else:
-                for o in range(outs):
-                    out += number(o, c)
+        for block in blocks:
+            for c in range(ins):
+                if fmt.name == "int4":
+                    for first in (block.start, block.start + 64):
+                        for j in range(8):
+                            lane = sum(nibble(first + 8 * s + j, c) << (4 * s) for s in range(8))
+                            out += lane.to_bytes(4, "little")
+                else:
+                    for o in block:
+                        out += number(o, c)
     scales: list[float] = []
     if weight.scales is not None:
         stored = weight.scales.tolist()
         groups = range(len(stored[0]))
-        tiles = [range(t, t + 8) for t in range(0, outs, 8)] if layout == "tiles" else [range(outs)]
-        scales = [stored[o][g] if o < n_out else 0.0 for tile in tiles for g in groups for o in tile]
+        scales = [stored[o][g] if o < n_out else 0.0 for block in blocks for g in groups for o in block]
     return bytes(out), scales
 
 
