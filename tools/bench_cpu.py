@@ -238,8 +238,15 @@ class Measured:
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     batch: list[float] = field(default_factory=list)
+    bandwidths_gb_s: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    bandwidth_gb_s: float = 0.0
+
+    def shares_of_bandwidth(self) -> list[float]:
+        """Bytes read over bytes that can be read, by round: memory is much slower while neighbours use it."""
+        return [
+            self.bytes_per_token * tokens_per_s / (bandwidth_gb_s * 1e9)
+            for tokens_per_s, bandwidth_gb_s in zip(self.decode, self.bandwidths_gb_s, strict=True)
+        ]
 
 
 def say(line: str) -> None:
@@ -315,7 +322,7 @@ class Bench:
         self.cache, self.rounds, self.threads = cache, rounds, threads
         self.results: dict[str, dict[str, Measured]] = {}
         self.skipped: dict[str, dict[str, str]] = {}
-        self.bandwidths: list[float] = []
+        self.bandwidths_gb_s: list[float] = []
         self.idle_shares: list[float] = []
 
     def run(self, shape: str, chosen: Sequence[Contender]) -> None:
@@ -347,8 +354,8 @@ class Bench:
         say(f"{shape}: {contender.name} is left out: {error}")
 
     def _bandwidth(self) -> float:
-        self.bandwidths.append(stream_bandwidth_gb_s(self.threads, STREAM_BYTES))
-        return self.bandwidths[-1]
+        self.bandwidths_gb_s.append(stream_bandwidth_gb_s(self.threads, STREAM_BYTES))
+        return self.bandwidths_gb_s[-1]
 
     def _run_group(
         self,
@@ -358,7 +365,6 @@ class Bench:
         found: dict[str, Measured],
         logits: dict[str, NDArray[np.float32]],
     ) -> None:
-        before_gb_s = self._bandwidth()
         workers: list[Worker] = []
         with stopping(workers):
             for contender, path in paths.items():
@@ -379,7 +385,10 @@ class Bench:
                 for index in range(len(workers)):
                     worker = workers[(index + number) % len(workers)]
                     measured = found[worker.contender.name]
+                    before_gb_s = self._bandwidth()
                     measured.decode.append(self._slice(workers, worker, "decode", measured.slice_steps))
+                    # The larger one: a share must not look better because something else was reading.
+                    measured.bandwidths_gb_s.append(max(before_gb_s, self._bandwidth()))
                     if number % PREFILL_EVERY == 0:
                         measured.prefill.append(self._slice(workers, worker, "prefill"))
                     if worker.contender.name == "goslet int8":
@@ -388,11 +397,6 @@ class Bench:
                 say(f"{shape}: round {number + 1} of {self.rounds}")
             for worker in workers:
                 found[worker.contender.name].facts = worker.ask("facts")
-        # The larger one: a share of bandwidth must not look better because something else was reading.
-        bandwidth_gb_s = max(before_gb_s, self._bandwidth())
-        for contender in paths:
-            if contender.name in found:
-                found[contender.name].bandwidth_gb_s = bandwidth_gb_s
 
     def _slice(self, workers: Sequence[Worker], worker: Worker, work: str, *arguments: int) -> float:
         others = [other for other in workers if other is not worker]
@@ -411,14 +415,13 @@ def shape_report(found: dict[str, Measured]) -> dict[str, Any]:
     """One shape's figures and ratios as a JSON object."""
     rows = {}
     for name, measured in found.items():
-        decoding = rate(measured.decode)
         rows[name] = {
-            "decode_tokens_per_s": asdict(decoding),
+            "decode_tokens_per_s": asdict(rate(measured.decode)),
             "prefill_tokens_per_s": asdict(rate(measured.prefill)),
             "prefill_tokens": measured.prefill_tokens,
             "bytes_per_token": measured.bytes_per_token,
-            "bandwidth_gb_s": measured.bandwidth_gb_s,
-            "share_of_bandwidth": measured.bytes_per_token * decoding.median / (measured.bandwidth_gb_s * 1e9),
+            "bandwidth_gb_s": asdict(rate(measured.bandwidths_gb_s)),
+            "share_of_bandwidth": asdict(rate(measured.shares_of_bandwidth())),
             "slices": len(measured.decode),
             "slice_steps": measured.slice_steps,
             "agreement": measured.agreement,
@@ -478,18 +481,21 @@ def batch_ratio(found: dict[str, Measured]) -> dict[str, Any] | None:
     }
 
 
+def spread(figures: dict[str, float], digits: int) -> str:
+    """A `Rate` as text."""
+    return f"{figures['median']:.{digits}f} ({figures['p5']:.{digits}f} to {figures['p95']:.{digits}f})"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     machine = report["machine"]
+    bandwidth = report["bandwidth_gb_s"]
+    streaming = "" if bandwidth is None else f", streaming read {spread(bandwidth, 1)} GB/s"
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, streaming read "
-        f"{max(report['bandwidth_gb_s']):.1f} GB/s. Tokens per second: median (5th to 95th percentile of "
-        f"{report['rounds']} slices in turn).",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads{streaming}. Tokens per second: "
+        f"median (5th to 95th percentile of {report['rounds']} slices in turn).",
         "",
     ]
-
-    def spread(figures: dict[str, float], digits: int) -> str:
-        return f"{figures['median']:.{digits}f} ({figures['p5']:.{digits}f} to {figures['p95']:.{digits}f})"
 
     for shape, result in report["shapes"].items():
         if not result["contenders"]:
@@ -499,13 +505,14 @@ def markdown(report: dict[str, Any]) -> str:
             "|---|---|---|---|---|",
         ]
         for name, row in result["contenders"].items():
+            share = 100 * row["share_of_bandwidth"]["median"]
             void = row["agreement"] is not None and not row["agreement"]["agrees"]
             prefilled = spread(row["prefill_tokens_per_s"], 0)
             if row["prefill_tokens"] != PREFILL_TOKENS:
                 prefilled += f", {row['prefill_tokens']} tokens one by one"
             lines.append(
                 f"| {name}{' (void: its logits disagree)' if void else ''} | {spread(row['decode_tokens_per_s'], 1)} "
-                f"| {row['bytes_per_token'] / 1e6:.1f} | {100 * row['share_of_bandwidth']:.0f}% | {prefilled} |"
+                f"| {row['bytes_per_token'] / 1e6:.1f} | {share:.0f}% | {prefilled} |"
             )
         lines += ["", "| | ratio | at equal bytes |", "|---|---|---|"]
         for ratio in result["decode_ratios"]:
@@ -571,7 +578,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": {"cpu": cpu_model(), "cores": available_cores(), "threads": options.threads},
         "isa": options.isa,
         "rounds": options.rounds,
-        "bandwidth_gb_s": bench.bandwidths,
+        "bandwidth_gb_s": asdict(rate(bench.bandwidths_gb_s)) if bench.bandwidths_gb_s else None,
         "idle_cpu_share": rate(bench.idle_shares).p95 if bench.idle_shares else math.nan,
         "shapes": {shape: shape_report(found) for shape, found in bench.results.items()},
         "skipped": bench.skipped,

@@ -195,7 +195,7 @@ def test_a_run_measures_whoever_is_there_and_names_the_others(cache: Path, check
         assert row["slices"] == 1
         assert 0 < row["decode_tokens_per_s"]["p5"] <= row["decode_tokens_per_s"]["median"]
         assert row["prefill_tokens_per_s"]["median"] > 0
-        assert row["share_of_bandwidth"] > 0
+        assert row["share_of_bandwidth"]["median"] > 0
         # rwkv, another implementation of the same weights, is the reference.
         if name != "rwkv f32":
             assert row["agreement"]["reference"] == "rwkv f32"
@@ -238,7 +238,7 @@ def test_unknown_names_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def measured(bytes_per_token: int, *decode: float, agrees: bool | None = None) -> Measured:
     row = Measured(bytes_per_token, 512, None if agrees is None else {"agrees": agrees})
-    row.decode, row.prefill, row.bandwidth_gb_s = list(decode), [10.0, 20.0], 1.0
+    row.decode, row.prefill, row.bandwidths_gb_s = list(decode), [10.0, 20.0], [1.0] * len(decode)
     return row
 
 
@@ -251,8 +251,10 @@ def test_ratios_are_of_slices_of_one_round() -> None:
 
 
 def test_a_share_of_bandwidth_is_bytes_read_over_bytes_that_can_be_read() -> None:
-    row: dict[str, Any] = shape_report({"goslet int4": measured(5_000_000, 100, 100)})["contenders"]["goslet int4"]
-    assert row["share_of_bandwidth"] == pytest.approx(0.5)
+    ours = measured(5_000_000, 100, 50, 50)
+    ours.bandwidths_gb_s = [1.0, 0.5, 0.5]  # a neighbour reads, and the share stays
+    row: dict[str, Any] = shape_report({"goslet int4": ours})["contenders"]["goslet int4"]
+    assert row["share_of_bandwidth"] == pytest.approx({"median": 0.5, "p5": 0.5, "p95": 0.5})
 
 
 def test_who_computes_something_else_is_not_compared() -> None:
@@ -261,7 +263,14 @@ def test_who_computes_something_else_is_not_compared() -> None:
     assert report["decode_ratios"] == []
     assert report["prefill"] == []
     machine = {"cpu": "x", "cores": 2, "threads": 2}
-    whole = {"machine": machine, "bandwidth_gb_s": [1.0], "rounds": 1, "shapes": {"tiny": report}, "skipped": {}}
+    spread_of_one = {"median": 1.0, "p5": 1.0, "p95": 1.0}
+    whole = {
+        "machine": machine,
+        "bandwidth_gb_s": spread_of_one,
+        "rounds": 1,
+        "shapes": {"tiny": report},
+        "skipped": {},
+    }
     assert "| llama.cpp Q4_0 (void: its logits disagree) |" in markdown(whole)
 
 
