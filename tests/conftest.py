@@ -1,9 +1,17 @@
+import signal
 from pathlib import Path
 
 import pytest
 from programs import execute, tool
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure() -> None:
+    # A shell starts its background jobs with Ctrl-C ignored, which they and their children keep: the tests of Ctrl-C
+    # would fail there.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

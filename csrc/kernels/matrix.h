@@ -7,9 +7,8 @@
 //   tiles    outputs in tiles of 8 (the last one padded); a tile holds its columns one after another:
 //            f32, f16, bf16   column c: 8 numbers, one for each output
 //            int8             columns 2p and 2p+1: 16 bytes, byte 2·output + (c & 1)
-//            int4             columns 8b to 8b+7: 32 bytes, sixteen little-endian 16-bit lanes; lane 2·output + (c &
-//            1),
-//                             bits 4s to 4s+3 with s = (c mod 8) / 2, hold number + 8
+//            int4             columns 8b to 8b+7: 32 bytes, sixteen little-endian 16-bit lanes; in lane
+//                             2·output + (c & 1), bits 4s to 4s+3 with s = (c mod 8) / 2 hold number + 8
 //            scales           (n_tiles, groups, 8) fp16
 //   columns  outputs in blocks of 64, for int4 of 128 (the last one padded); a block holds its inputs one after
 //   another,
