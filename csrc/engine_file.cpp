@@ -10,7 +10,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 3, "engine file"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 4, "engine file"};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;

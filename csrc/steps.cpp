@@ -20,21 +20,62 @@ Columns columns_of(const ThreadPool::Member& member, std::size_t size) {
     return {begin, std::min(size, begin + share)};
 }
 
-// One input's packed rows.
-struct PackedInput {
-    std::int16_t* integers;
-    float* scales;
-    std::int32_t* sums;
-};
-
-PackedInput packed_input(const Workspace::Packed& packed, std::size_t offset, std::size_t group_offset) {
-    return {packed.integers + offset * packed.capacity, packed.scales + group_offset * packed.capacity,
-            packed.sums + group_offset * packed.capacity};
+// Bytes of a row packed for a matrix: whole groups.
+std::size_t packed_bytes(const Matrix& matrix) {
+    return matrix.n_activation_groups() * matrix.activation_group() * activation_bytes(matrix.format);
 }
 
-// Integers of a packed row: whole groups.
-std::size_t packed_size(const Matrix& matrix) {
-    return matrix.n_groups() * matrix.group;
+// The packed rows of one input, of which there are `slots`, as a matrix of integers wants them.
+class PackedInput {
+  public:
+    PackedInput(const Matrix& matrix, std::size_t slots, std::uint8_t* integers, float* scales, std::int32_t* sums)
+        : matrix_(matrix), slots_(slots), integers_(integers), scales_(scales), sums_(sums) {}
+
+    void pack(const Kernels& kernels, const float* x, std::size_t row) const {
+        const std::size_t group = matrix_.activation_group();
+        const std::size_t place = row * group;
+        if (matrix_.format == Format::kInt4) {
+            kernels.pack8(x, matrix_.n_in, group, slots_, integers8() + place, scales_ + row, sums_ + row);
+        } else {
+            kernels.pack16(x, matrix_.n_in, group, slots_, integers16() + place, scales_ + row, sums_ + row);
+        }
+    }
+
+    // As a product reads `n_rows` of them, from `row` on.
+    Activations rows(std::size_t row, std::size_t n_rows) const {
+        const std::size_t place = row * matrix_.activation_group();
+        const bool narrow = matrix_.format == Format::kInt4;
+        return {n_rows,
+                0,
+                nullptr,
+                slots_,
+                narrow ? nullptr : integers16() + place,
+                narrow ? integers8() + place : nullptr,
+                scales_ + row,
+                sums_ + row};
+    }
+
+    // Zeros of the only row there is.
+    std::ptrdiff_t count_zeros() const {
+        const auto n_in = static_cast<std::ptrdiff_t>(matrix_.n_in);
+        return matrix_.format == Format::kInt4 ? std::count(integers8(), integers8() + n_in, std::int8_t{0})
+                                               : std::count(integers16(), integers16() + n_in, std::int16_t{0});
+    }
+
+  private:
+    std::int8_t* integers8() const { return reinterpret_cast<std::int8_t*>(integers_); }
+    std::int16_t* integers16() const { return reinterpret_cast<std::int16_t*>(integers_); }
+
+    const Matrix& matrix_;
+    std::size_t slots_;
+    std::uint8_t* integers_;
+    float* scales_;
+    std::int32_t* sums_;
+};
+
+// Floating activations as a product reads them.
+Activations floating_rows(std::size_t n_rows, std::size_t stride, const float* floats) {
+    return {n_rows, stride, floats, 0, nullptr, nullptr, nullptr, nullptr};
 }
 
 }  // namespace
@@ -48,7 +89,7 @@ Register make_register(std::size_t size, Needs& needs) {
 
 Workspace::Workspace(const Needs& needs, std::size_t n_threads)
     : thread_stride_(round_up(needs.thread_floats, kLine)),
-      packed_stride_(round_up(needs.packed, 2 * kLine)),
+      packed_stride_(round_up(needs.packed_bytes, 4 * kLine)),
       groups_stride_(round_up(needs.packed_groups, kLine)),
       floats_(needs.floats),
       thread_floats_(thread_stride_ * n_threads),
@@ -140,21 +181,32 @@ Linear::Linear(std::vector<Product> products, Needs& needs) : products_(std::mov
             continue;
         }
         const auto same = std::find_if(inputs_.begin(), inputs_.end(), [&](const Input& input) {
-            return input.x.offset == product.x.offset && input.group == matrix.group;
+            return input.x.offset == product.x.offset && input.matrix.activation_group() == matrix.activation_group() &&
+                   activation_bytes(input.matrix.format) == activation_bytes(matrix.format);
         });
         product_inputs_.push_back(static_cast<std::size_t>(same - inputs_.begin()));
         if (same == inputs_.end()) {
-            inputs_.push_back({product.x, matrix.n_in, matrix.group, packed, groups});
-            packed += packed_size(matrix);
-            groups += matrix.n_groups();
+            inputs_.push_back({product.x, matrix, packed, groups});
+            packed += packed_bytes(matrix);
+            groups += matrix.n_activation_groups();
         }
     }
-    needs.packed = std::max(needs.packed, packed);
+    needs.packed_bytes = std::max(needs.packed_bytes, packed);
     needs.packed_groups = std::max(needs.packed_groups, groups);
     if (sum_size != 0) {
         sum_ = make_register(sum_size, needs);
     }
 }
+
+namespace {
+
+template <typename Input>
+PackedInput packed_input(const Input& input, const Workspace::Packed& packed, std::size_t slots) {
+    return {input.matrix, slots, packed.integers + input.offset * packed.capacity,
+            packed.scales + input.group_offset * packed.capacity, packed.sums + input.group_offset * packed.capacity};
+}
+
+}  // namespace
 
 void Linear::run(Pass& pass, ThreadPool::Member& member) const {
     const Workspace& space = pass.workspace;
@@ -163,9 +215,7 @@ void Linear::run(Pass& pass, ThreadPool::Member& member) const {
     std::size_t begin = 0;
     std::size_t end = 0;
     const auto pack = [&](const Input& input, std::size_t row) {
-        const PackedInput into = packed_input(packed, input.offset, input.group_offset);
-        pass.kernels.pack(space.row(input.x, row), input.n_in, input.group, pass.n_rows,
-                          into.integers + row * input.group, into.scales + row, into.sums + row);
+        packed_input(input, packed, pass.n_rows).pack(pass.kernels, space.row(input.x, row), row);
     };
     if (single) {
         // As with norms: packing a row takes less time than waiting for it.
@@ -207,8 +257,7 @@ void Linear::count_zeros(const Pass& pass, const Workspace::Packed& packed) cons
         const std::size_t n_in = product.matrix.n_in;
         std::ptrdiff_t zeros = 0;
         if (is_integer(product.matrix.format)) {
-            const std::int16_t* const x = packed.integers + inputs_[product_inputs_[index]].offset;
-            zeros = std::count(x, x + n_in, std::int16_t{0});
+            zeros = packed_input(inputs_[product_inputs_[index]], packed, 1).count_zeros();
         } else {
             const float* const x = pass.workspace.row(product.x, 0);
             zeros = std::count(x, x + n_in, 0.0F);
@@ -222,16 +271,9 @@ void Linear::multiply(const Product& product, std::size_t input, const Pass& pas
                       std::size_t first_unit, std::size_t end_unit) const {
     const Workspace& space = pass.workspace;
     const Matrix& matrix = product.matrix;
-    Activations x{pass.n_rows, product.x.stride, nullptr, pass.n_rows, nullptr, nullptr, nullptr};
-    if (is_integer(matrix.format)) {
-        const Input& from = inputs_[input];
-        const PackedInput packed_x = packed_input(packed, from.offset, from.group_offset);
-        x.integers = packed_x.integers;
-        x.scales = packed_x.scales;
-        x.sums = packed_x.sums;
-    } else {
-        x.floats = space.row(product.x, 0);
-    }
+    const Activations x = is_integer(matrix.format)
+                              ? packed_input(inputs_[input], packed, pass.n_rows).rows(0, pass.n_rows)
+                              : floating_rows(pass.n_rows, product.x.stride, space.row(product.x, 0));
     const Register& target = product.add ? sum_ : product.out;
     pass.kernels.multiply(matrix, x, first_unit, end_unit, space.row(target, 0), target.stride, pass.skip_zeros);
     const std::size_t begin = first_unit * matrix.unit_outputs();
@@ -295,8 +337,8 @@ Logits::Logits(Register x, Norm norm, Matrix head, Needs& needs)
     : x_(x), norm_(norm), head_(head), normed_(make_register(x.size, needs)) {
     needs.thread_floats = std::max(needs.thread_floats, normed_.stride);
     if (is_integer(head.format)) {
-        needs.packed = std::max(needs.packed, packed_size(head));
-        needs.packed_groups = std::max(needs.packed_groups, head.n_groups());
+        needs.packed_bytes = std::max(needs.packed_bytes, packed_bytes(head));
+        needs.packed_groups = std::max(needs.packed_groups, head.n_activation_groups());
     }
 }
 
@@ -308,7 +350,8 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
     const Workspace& space = pass.workspace;
     const bool packs = is_integer(head_.format);
     const bool single = n_rows == 1;
-    const Workspace::Packed packed = single ? space.thread_packed(member.index()) : space.shared_packed();
+    const Workspace::Packed place = single ? space.thread_packed(member.index()) : space.shared_packed();
+    const PackedInput packed(head_, n_rows, place.integers, place.scales, place.sums);
     float* const normed = single ? space.thread_floats(member.index()) : space.row(normed_, 0);
     std::size_t begin = 0;
     std::size_t end = 0;
@@ -317,8 +360,7 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
         pass.kernels.layer_norm(space.row(x_, pass.output_rows[output]), norm_.weight, norm_.bias, norm_.eps, x_.size,
                                 h);
         if (packs) {
-            pass.kernels.pack(h, head_.n_in, head_.group, n_rows, packed.integers + output * head_.group,
-                              packed.scales + output, packed.sums + output);
+            packed.pack(pass.kernels, h, output);
         }
     };
     if (single) {
@@ -332,8 +374,10 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
         }
         member.sync();
     }
-    const Activations x{n_rows,        normed_.stride, packs ? nullptr : normed, n_rows, packed.integers,
-                        packed.scales, packed.sums};
+    const auto rows = [&](std::size_t first, std::size_t count) {
+        return packs ? packed.rows(first, count)
+                     : floating_rows(count, normed_.stride, normed + first * normed_.stride);
+    };
     // One array takes them all where the rows lie evenly in it, as they do unless the caller scattered them.
     const std::ptrdiff_t apart = single ? 0 : pass.logits[1] - pass.logits[0];
     bool even = apart >= 0;
@@ -343,18 +387,12 @@ void Logits::run(Pass& pass, ThreadPool::Member& member) const {
     const std::size_t n_units = head_.n_units();
     for (member.claim(n_units, 1, begin, end); begin < end; member.claim(n_units, 1, begin, end)) {
         if (even) {
-            pass.kernels.multiply(head_, x, begin, end, pass.logits[0], static_cast<std::size_t>(apart),
+            pass.kernels.multiply(head_, rows(0, n_rows), begin, end, pass.logits[0], static_cast<std::size_t>(apart),
                                   pass.skip_zeros);
             continue;
         }
         for (std::size_t output = 0; output < n_rows; ++output) {
-            Activations one = x;
-            one.n_rows = 1;
-            one.floats = packs ? nullptr : x.floats + output * normed_.stride;
-            one.integers += output * head_.group;
-            one.scales += output;
-            one.sums += output;
-            pass.kernels.multiply(head_, one, begin, end, pass.logits[output], 0, pass.skip_zeros);
+            pass.kernels.multiply(head_, rows(output, 1), begin, end, pass.logits[output], 0, pass.skip_zeros);
         }
     }
     member.sync();

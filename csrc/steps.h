@@ -51,7 +51,7 @@ struct Register {
 struct Needs {
     std::size_t floats = 0;         // registers, all rows
     std::size_t thread_floats = 0;  // for each thread
-    std::size_t packed = 0;         // 16-bit activations of one row, over all inputs of one step
+    std::size_t packed_bytes = 0;   // packed activations of one row, over all inputs of one step
     std::size_t packed_groups = 0;  // their groups
 };
 
@@ -64,7 +64,7 @@ class Workspace {
     // behind the other.
     struct Packed {
         std::size_t capacity;
-        std::int16_t* integers;  // (needs.packed · capacity)
+        std::uint8_t* integers;  // (needs.packed_bytes · capacity)
         float* scales;           // (needs.packed_groups · capacity)
         std::int32_t* sums;      // (needs.packed_groups · capacity)
     };
@@ -85,7 +85,7 @@ class Workspace {
     std::size_t groups_stride_;
     AlignedArray<float> floats_;
     AlignedArray<float> thread_floats_;
-    AlignedArray<std::int16_t> integers_;
+    AlignedArray<std::uint8_t> integers_;
     AlignedArray<float> scales_;
     AlignedArray<std::int32_t> sums_;
 };
@@ -161,9 +161,8 @@ class Linear final : public Step {
     // An input as some of the products want it packed.
     struct Input {
         Register x;
-        std::size_t n_in;
-        std::size_t group;
-        std::size_t offset;        // packed integers of the inputs before it, for a capacity of one row
+        Matrix matrix;             // any of these products'
+        std::size_t offset;        // bytes of packed integers of the inputs before it, for a capacity of one row
         std::size_t group_offset;  // their scales and sums
     };
     void count_zeros(const Pass& pass, const Workspace::Packed& packed) const;

@@ -110,19 +110,19 @@ class VerifyReport:
 
 
 class _RoundedActivationOps(EagerOps):
-    """Rounds the input of every quantized product to integers, one scale for each of the weight's groups."""
+    """Rounds the input of every quantized product as a backend says for the weight's name: (bits, group)."""
 
-    def __init__(self, weights: dict[str, Tensor], groups: dict[str, int | None], bits: int) -> None:
+    def __init__(self, weights: dict[str, Tensor], rounding: dict[str, tuple[int, int] | None]) -> None:
         super().__init__(weights)
-        self._groups = groups
-        self._largest = 2 ** (bits - 1) - 1
+        self._rounding = rounding
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        group = self._groups[name]
-        return super().linear(name, x if group is None else _round_activations(x, group, self._largest))
+        rounding = self._rounding[name]
+        return super().linear(name, x if rounding is None else _round_activations(x, *rounding))
 
 
-def _round_activations(x: Tensor, group: int, largest: int) -> Tensor:
+def _round_activations(x: Tensor, bits: int, group: int) -> Tensor:
+    largest = 2 ** (bits - 1) - 1
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -width % group)).reshape(*x.shape[:-1], -1, group)
     scale = padded.abs().amax(-1, keepdim=True) / largest
@@ -176,9 +176,8 @@ def verify_engine(
         own = {name: torch.from_numpy(decode(file.weight(name))) for name in file.tensors}
         expected = _run_torch(version, spec, EagerOps(own), own[EMBEDDING], tokens)
         report_progress("stepping", 2, 5)
-        groups = {name: entry.format.group for name, entry in file.tensors.items()}
-        rounding = _RoundedActivationOps(own, groups, opened.backend.activation_bits)
-        rounded = _run_torch(version, spec, rounding, own[EMBEDDING], tokens)
+        rounding = {name: opened.backend.activation_rounding(entry.format) for name, entry in file.tensors.items()}
+        rounded = _run_torch(version, spec, _RoundedActivationOps(own, rounding), own[EMBEDDING], tokens)
         del own
         report_progress("stepping", 3, 5)
         graph = _run_session(Engine(file, OrtBackend(file, threads, exact=True), None).session(), tokens)

@@ -230,7 +230,7 @@ def _store(stored: _Words, rows: ByteArray, start: int, fmt: WeightFormat, layou
         return
     words = rows.view((_TILE_WORDS if layout == "tiles" else _COLUMN_WORDS)[fmt.name])
     if fmt.name == "int4":
-        words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
+        words = _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
     stored[place] = words.reshape(-1, together, words.shape[1]).transpose(0, 2, 1)
 
 
@@ -247,14 +247,14 @@ def _load(stored: _Words, start: int, stop: int, fmt: WeightFormat, layout: str)
         return rows.reshape(n_rows, -1)
     words = np.ascontiguousarray(stored[place].transpose(0, 2, 1)).reshape(n_rows, -1)
     if fmt.name == "int4":
-        words = _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
+        words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
     return words.view(np.uint8)
 
 
 def _swap(words: _Words, shift: int, mask: int) -> _Words:
     """Exchange the bits of 32-bit words under `mask` with those `shift` above; its own inverse.
 
-    Nibbles 1 and 2 of each half, then the middle bytes: that sorts eight columns into four even and four odd ones.
+    The middle bytes, then the middle nibbles of each half: that pairs column i with column i + 4.
     """
     difference = (words ^ (words >> np.uint32(shift))) & np.uint32(mask)
     swapped: _Words = words ^ difference ^ (difference << np.uint32(shift))

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace goslet {
@@ -16,6 +18,19 @@ namespace {
 
 constexpr Isa kIsas[] = {Isa::kReference,  Isa::kPortable, Isa::kAvx2,       Isa::kAvx512,
                          Isa::kAvx512Vnni, Isa::kNeon,     Isa::kNeonDotprod};
+
+#if defined(__aarch64__)
+[[maybe_unused]] bool has_dotprod() {
+#if defined(__linux__)
+    constexpr unsigned long kAsimdDp = 1UL << 20;  // HWCAP_ASIMDDP of the kernel's asm/hwcap.h
+    return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#elif defined(__APPLE__)
+    return true;  // every such Mac has them
+#else
+    return false;
+#endif
+}
+#endif
 
 #if defined(__x86_64__)
 // The compilers' __builtin_cpu_supports does not know this feature everywhere. With AVX2, the system keeps its
@@ -49,6 +64,10 @@ const Kernels* table(Isa isa) {
 #elif defined(__aarch64__)
         case Isa::kNeon:
             return &kNeonKernels;
+#if !defined(__clang__) || __clang_major__ >= 16  // see kernels_neondot.cpp
+        case Isa::kNeonDotprod:
+            return has_dotprod() ? &kNeonDotprodKernels : nullptr;
+#endif
 #endif
         default:
             return nullptr;

@@ -41,11 +41,13 @@ struct Wkv7Head {
 struct Kernels {
     const char* isa;
 
-    // One row of activations, x (n), into its place among `slots` rows for integer weights: integers (n_groups, slots,
-    // group), scales and sums (n_groups, slots), each from this row's slot on. scale = max|x| / 32767 of the group, 0
-    // for a group of zeros.
-    void (*pack)(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers,
-                 float* scales, std::int32_t* sums);
+    // One row of activations, x (n), into its place among `slots` rows for weights in int8 (16 bits) or int4 (8 bits):
+    // integers (n_groups, slots, group), scales and sums (n_groups, slots), each from this row's slot on. scale =
+    // max|x| / 32767 of the group, or / 127; 0 for a group of zeros.
+    void (*pack16)(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers,
+                   float* scales, std::int32_t* sums);
+    void (*pack8)(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int8_t* integers,
+                  float* scales, std::int32_t* sums);
 
     // out[row · out_stride + output] = sum over inputs, for the outputs of units [first_unit, end_unit) and every row
     // of x. Writes no output past n_out. With `skip_zeros`, a matrix in columns and one row of activations, inputs

@@ -37,7 +37,8 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 
 namespace goslet {
 
-const Kernels kAvx2Kernels = {"avx2", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kAvx2Kernels = {"avx2", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add,
+                              wkv7};
 
 }  // namespace goslet
 

@@ -38,7 +38,8 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 
 namespace goslet {
 
-const Kernels kAvx512Kernels = {"avx512", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kAvx512Kernels = {
+    "avx512", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
 
 }  // namespace goslet
 

@@ -39,7 +39,8 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 
 namespace goslet {
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kAvx512VnniKernels = {
+    "avx512vnni", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
 
 }  // namespace goslet
 

@@ -28,7 +28,8 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 
 namespace goslet {
 
-const Kernels kNeonKernels = {"neon", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kNeonKernels = {"neon", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add,
+                              wkv7};
 
 }  // namespace goslet
 

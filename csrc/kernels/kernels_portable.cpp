@@ -27,6 +27,7 @@ constexpr std::size_t kFloatTilesAtOnce = 2;
 
 namespace goslet {
 
-const Kernels kPortableKernels = {"portable", pack, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kPortableKernels = {
+    "portable", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
 
 }  // namespace goslet

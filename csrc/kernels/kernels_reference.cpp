@@ -1,6 +1,7 @@
 // The plain products: one number at a time, straight from matrix.h.
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "reference.h"
 #include "tables.h"
@@ -43,7 +44,7 @@ std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) 
             case Format::kInt8:
                 return (tile + input / 2 * 16 + 2 * lane + input % 2) * bits;
             case Format::kInt4:
-                return (tile + input / 8 * 64) * bits + (2 * lane + input % 2) * 16 + input % 8 / 2 * 4;
+                return (tile + input / 8 * 64) * bits + lane * 32 + input % 4 * 8 + input % 8 / 4 * 4;
             default:
                 return (tile + input * kTileRows + lane) * bits;
         }
@@ -80,8 +81,10 @@ double scale(const Matrix& matrix, std::size_t output, std::size_t group) {
     return f16_value(matrix.scales[(output / outputs * matrix.n_groups() + group) * outputs + output % outputs]);
 }
 
-void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers, float* scales,
+template <typename Integer>
+void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, Integer* integers, float* scales,
           std::int32_t* sums) {
+    const double most = std::numeric_limits<Integer>::max();
     for (std::size_t begin = 0; begin < n; begin += group, integers += slots * group, scales += slots, sums += slots) {
         const std::size_t end = begin + group < n ? begin + group : n;
         double range = 0.0;
@@ -90,12 +93,11 @@ void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, s
             range = std::fmax(range, std::fabs(static_cast<double>(x[i])));
             finite = finite && std::isfinite(x[i]);
         }
-        *scales = finite ? static_cast<float>(range / 32767.0) : std::nanf("");
+        *scales = finite ? static_cast<float>(range / most) : std::nanf("");
         *sums = 0;
         for (std::size_t i = 0; i < group; ++i) {
             const bool some = finite && range > 0.0 && begin + i < end;
-            integers[i] =
-                some ? static_cast<std::int16_t>(std::nearbyint(x[begin + i] * 32767.0 / range)) : std::int16_t{0};
+            integers[i] = some ? static_cast<Integer>(std::nearbyint(x[begin + i] * most / range)) : Integer{0};
             *sums += 8 * integers[i];
         }
     }
@@ -109,13 +111,15 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
              ++output) {
             double total = 0.0;
             if (is_integer(matrix.format)) {
-                for (std::size_t group = 0; group < matrix.n_groups(); ++group) {
+                const std::size_t size = matrix.activation_group();
+                for (std::size_t group = 0; group < matrix.n_activation_groups(); ++group) {
                     double sum = 0.0;
-                    for (std::size_t i = group * matrix.group; i < (group + 1) * matrix.group && i < matrix.n_in; ++i) {
-                        const std::size_t at = (group * x.slots + row) * matrix.group + i % matrix.group;
-                        sum += weight(matrix, output, i) * x.integers[at];
+                    for (std::size_t i = group * size; i < (group + 1) * size && i < matrix.n_in; ++i) {
+                        const std::size_t at = (group * x.slots + row) * size + i % size;
+                        sum += weight(matrix, output, i) *
+                               (matrix.format == Format::kInt4 ? x.integers8[at] : x.integers16[at]);
                     }
-                    total += sum * x.scales[group * x.slots + row] * scale(matrix, output, group);
+                    total += sum * x.scales[group * x.slots + row] * scale(matrix, output, group * size / matrix.group);
                 }
             } else {
                 for (std::size_t i = 0; i < matrix.n_in; ++i) {
@@ -129,8 +133,8 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
 
 }  // namespace
 
-const Kernels kReferenceKernels = {
-    "reference",         pack,           multiply,       reference::layer_norm, reference::lerp,
-    reference::activate, reference::add, reference::wkv7};
+const Kernels kReferenceKernels = {"reference",           pack<std::int16_t>, pack<std::int8_t>,   multiply,
+                                   reference::layer_norm, reference::lerp,    reference::activate, reference::add,
+                                   reference::wkv7};
 
 }  // namespace goslet

@@ -7,11 +7,10 @@
 //   tiles    outputs in tiles of 8 (the last one padded); a tile holds its columns one after another:
 //            f32, f16, bf16   column c: 8 numbers, one for each output
 //            int8             columns 2p and 2p+1: 16 bytes, byte 2·output + (c & 1)
-//            int4             columns 8b to 8b+7: 32 bytes, sixteen little-endian 16-bit lanes; in lane
-//                             2·output + (c & 1), bits 4s to 4s+3 with s = (c mod 8) / 2 hold number + 8
+//            int4             columns 8b to 8b+7: 32 bytes, four for each output; the low half of byte i holds
+//                             column 8b+i, the high half column 8b+4+i, each as number + 8
 //            scales           (n_tiles, groups, 8) fp16
-//   columns  outputs in blocks of 64, for int4 of 128 (the last one padded); a block holds its inputs one after
-//   another,
+//   columns  outputs in blocks of 64, for int4 of 128 (the last one padded); a block holds one input after another,
 //            each in whole cache lines, so that inputs whose activation is zero need not be read:
 //            f32, f16, bf16, int8   64 numbers, one for each output
 //            int4             64 bytes: sixteen little-endian 32-bit lanes; lane 8h + j, bits 4s to 4s+3, hold the
@@ -55,6 +54,11 @@ constexpr std::size_t format_bits(Format format) {
     return 0;
 }
 
+// Bytes of an activation that meets weights of this format.
+constexpr std::size_t activation_bytes(Format format) {
+    return format == Format::kInt4 ? 1 : (format == Format::kInt8 ? 2 : 4);
+}
+
 // Outputs that are stored together, and to a multiple of which they are padded.
 constexpr std::size_t stored_together(Format format, Layout layout) {
     return layout == Layout::kTiles ? kTileRows : (format == Format::kInt4 ? 128 : 64);
@@ -72,6 +76,11 @@ struct Matrix {
 
     std::size_t padded_in() const { return round_up(n_in, kColumnPadding); }
     std::size_t n_groups() const { return group == 0 ? 0 : (n_in + group - 1) / group; }
+    // Inputs whose activations share a scale, and how many such groups there are; 0 for the floating formats.
+    std::size_t activation_group() const { return format == Format::kInt4 ? kColumnPadding : group; }
+    std::size_t n_activation_groups() const {
+        return group == 0 ? 0 : (n_in + activation_group() - 1) / activation_group();
+    }
     // Outputs that one unit of work covers; a product is cut into units between threads. Rows beside each other work on
     // four tiles at once.
     std::size_t unit_outputs() const {
@@ -87,18 +96,20 @@ struct Matrix {
 //
 // Against floating weights: `floats`, rows `stride` apart, with zeros from n_in to the next multiple of kColumnPadding.
 //
-// Against integer weights: x = integers · scale of the row's group, with integers rounded to 16 bits and zeros from
-// n_in to the next multiple of the group, and `sums` the sum of each group's integers, times 8: what int4's offset adds
-// to a product. All rows of a group lie together, because a product works on one group of every row at a time: with
-// rows a power of two apart, they would fall into few sets of a cache.
+// Against integer weights: x = integers · scale of the row's group, with zeros from n_in to the end of the last group,
+// and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product. The integers have 16 bits
+// and the weights' groups for int8; against int4, whose own rounding is coarser by far, 8 bits and groups of
+// kColumnPadding, which takes half of the arithmetic. All rows of a group lie together, because a product works on one
+// group of every row at a time: with rows a power of two apart, they would fall into few sets of a cache.
 struct Activations {
-    std::size_t n_rows;            // at most kMaxRows
-    std::size_t stride;            // of floats
-    const float* floats;           // (n_rows, stride), or null
-    std::size_t slots;             // rows that there is room for in each group, at least n_rows
-    const std::int16_t* integers;  // (n_groups, slots, group), or null
-    const float* scales;           // (n_groups, slots), or null
-    const std::int32_t* sums;      // (n_groups, slots), or null
+    std::size_t n_rows;              // at most kMaxRows
+    std::size_t stride;              // of floats
+    const float* floats;             // (n_rows, stride), or null
+    std::size_t slots;               // rows that there is room for in each group, at least n_rows
+    const std::int16_t* integers16;  // (n_activation_groups, slots, activation_group) for int8, or null
+    const std::int8_t* integers8;    // the same for int4, or null
+    const float* scales;             // (n_activation_groups, slots), or null
+    const std::int32_t* sums;        // (n_activation_groups, slots), or null
 };
 
 }  // namespace goslet

@@ -21,12 +21,14 @@ namespace {
 // Groups whose largest number is smaller count as zeros: 32767 / largest must not overflow.
 constexpr float kSmallestRange = 1e-30f;
 
-inline void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers,
-                 float* scales, std::int32_t* sums) {
+template <typename Integer>
+inline void pack(const float* x, std::size_t n, std::size_t group, std::size_t slots, Integer* integers, float* scales,
+                 std::int32_t* sums) {
+    constexpr float kMost = sizeof(Integer) == 1 ? 127.0f : 32767.0f;
     for (std::size_t begin = 0; begin < n; begin += group, integers += group * slots, scales += slots, sums += slots) {
         const float* from = x + begin;
         const std::size_t count = smaller(group, n - begin);
-        std::memset(integers, 0, group * sizeof(std::int16_t));
+        std::memset(integers, 0, group * sizeof(Integer));
         *sums = 0;
         F32x8 most = zero();
         F32x8 finite = zero();  // stays zero, or becomes NaN
@@ -44,13 +46,13 @@ inline void pack(const float* x, std::size_t n, std::size_t group, std::size_t s
             *scales = 0.0f;
             continue;
         }
-        *scales = range / 32767.0f;
-        const F32x8 factor = broadcast(32767.0f / range);
+        *scales = range / kMost;
+        const F32x8 factor = broadcast(kMost / range);
         I32x8 total = zero_i32();
         for (std::size_t i = 0; i < count; i += kLanes) {
             const F32x8 values = count - i >= kLanes ? load(from + i) : load_partial(from + i, count - i);
             const F32x8 scaled = values * factor;
-            pack_i16(integers + i, scaled);
+            store_rounded(integers + i, scaled);
             total = total + to_i32(scaled);
         }
         std::int32_t lanes[kLanes];

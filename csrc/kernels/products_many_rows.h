@@ -20,52 +20,60 @@ inline std::size_t tile_of(std::size_t output, std::size_t vector, std::size_t e
     return smaller(output / kLanes + vector, (end_output - 1) / kLanes);
 }
 
-// The integers of one group of a strip, as pairs.
+// The weights of one group of activations of a strip.
 template <Format kFormat, Layout kLayout>
 struct IntegerPanels {
-    alignas(64) Pairs pairs[kPanels][kMaxGroup / 2][kPanelVectors];
+    using Integers = IntegerFormat<kFormat>;
+    using Words = typename Integers::Words;
+    static constexpr std::size_t kMostWords =
+        (kFormat == Format::kInt4 ? kColumnPadding : kMaxGroup) / Integers::kInputs;
+    using Panel = Words[kMostWords][kPanelVectors];
 
-    Pairs* place(std::size_t pair, std::size_t vector) {
-        return &pairs[vector / kPanelVectors][pair][vector % kPanelVectors];
+    alignas(64) Panel panels[kPanels];
+
+    Words* place(std::size_t word, std::size_t vector) {
+        return &panels[vector / kPanelVectors][word][vector % kPanelVectors];
     }
 
     // Of inputs [begin, end).
     void unpack(const Matrix& matrix, std::size_t output, std::size_t end_output, std::size_t begin, std::size_t end) {
+        const std::size_t n_words = (end - begin) / Integers::kInputs;
         if constexpr (kLayout == Layout::kTiles) {
-            using Tile = typename IntegerFormat<kFormat>::Tile;
-            constexpr std::size_t kInputs = 2 * Tile::kPairs;
+            constexpr std::size_t kInputs = Integers::kTileWords * Integers::kInputs;
             for (std::size_t v = 0; v < kStripVectors; ++v) {
                 const std::size_t tile = tile_of(output, v, end_output);
-                const std::uint8_t* data = matrix.data + (tile * matrix.padded_in() + begin) / kInputs * Tile::kBytes;
-                for (std::size_t pair = 0; pair < (end - begin) / 2; pair += Tile::kPairs) {
-                    Pairs weights[Tile::kPairs];
-                    Tile::unpack(data, weights);
+                const std::uint8_t* data =
+                    matrix.data + (tile * matrix.padded_in() + begin) / kInputs * Integers::kTileBytes;
+                for (std::size_t word = 0; word < n_words; word += Integers::kTileWords) {
+                    Words words[Integers::kTileWords];
+                    Integers::unpack_tile(data, words);
                     fetch_second(data + kAheadBytes);
-                    data += Tile::kBytes;
+                    data += Integers::kTileBytes;
 #pragma GCC unroll 4
-                    for (std::size_t p = 0; p < Tile::kPairs; ++p) {
-                        store_pairs(place(pair + p, v), weights[p]);
+                    for (std::size_t w = 0; w < Integers::kTileWords; ++w) {
+                        store_words(place(word + w, v), words[w]);
                     }
                 }
             }
         } else {
-            using Columns = typename IntegerFormat<kFormat>::Columns;
             constexpr std::size_t kOutputs = stored_together(kFormat, Layout::kColumns);
             constexpr std::size_t kInputBytes = kOutputs * format_bits(kFormat) / 8;
             constexpr std::size_t kPartBytes = kBlockOutputs * format_bits(kFormat) / 8;
             const std::uint8_t* data = matrix.data + (output / kOutputs * matrix.padded_in() + begin) * kInputBytes +
                                        output % kOutputs / kBlockOutputs * kPartBytes;
             const std::size_t first_vector = output % kBlockOutputs / kLanes;
-            for (std::size_t pair = 0; pair < (end - begin) / 2; ++pair, data += 2 * kInputBytes) {
-                fetch_second(data + kAheadBytes);
-                fetch_second(data + kInputBytes + kAheadBytes);
+            for (std::size_t word = 0; word < n_words; ++word, data += Integers::kInputs * kInputBytes) {
 #pragma GCC unroll 4
-                for (std::size_t v = 0; v < kStripVectors; v += Columns::kPairs) {
-                    Pairs weights[Columns::kPairs];
-                    Columns::unpack(data, data + kInputBytes, first_vector + v, weights);
+                for (std::size_t input = 0; input < Integers::kInputs; ++input) {
+                    fetch_second(data + input * kInputBytes + kAheadBytes);
+                }
 #pragma GCC unroll 4
-                    for (std::size_t p = 0; p < Columns::kPairs; ++p) {
-                        store_pairs(place(pair, v + p), weights[p]);
+                for (std::size_t v = 0; v < kStripVectors; v += Integers::kColumnWords) {
+                    Words words[Integers::kColumnWords];
+                    Integers::unpack_columns(data, kInputBytes, first_vector + v, words);
+#pragma GCC unroll 4
+                    for (std::size_t w = 0; w < Integers::kColumnWords; ++w) {
+                        store_words(place(word, v + w), words[w]);
                     }
                 }
             }
@@ -86,28 +94,28 @@ struct IntegerPanels {
 };
 
 // One group of a strip and of rows [row, n_rows), kRows at a time and what is left in halves of that.
-template <Format kFormat, std::size_t kRows>
-inline void add_integers(const Pairs (*panels)[kMaxGroup / 2][kPanelVectors], std::size_t n_pairs, const F32x8* scales,
-                         const Activations& x, std::size_t row, std::size_t group, std::size_t group_size,
+template <Format kFormat, std::size_t kRows, typename Panel>
+inline void add_integers(const Panel* panels, const Matrix& matrix, std::size_t n_inputs, const F32x8* scales,
+                         const Activations& x, std::size_t row, std::size_t group,
                          float (*totals)[kMaxRows][kPanelOutputs]) {
+    using Integers = IntegerFormat<kFormat>;
+    const std::size_t group_size = Integers::group(matrix);
+    const std::size_t n_words = Integers::inputs_of_group(matrix, n_inputs) / Integers::kInputs;
     for (; row + kRows <= x.n_rows; row += kRows) {
-        const std::int16_t* integers = x.integers + (group * x.slots + row) * group_size;
+        const auto* integers = Integers::activations(x) + (group * x.slots + row) * group_size;
         for (std::size_t panel = 0; panel < kPanels; ++panel) {
-            I32x8 sums[kRows][kPanelVectors];
+            typename Integers::Sums sums[kRows][kPanelVectors];
 #pragma GCC unroll 8
             for (std::size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-                for (std::size_t v = 0; v < kPanelVectors; ++v) {
-                    sums[r][v] = first_sum<kFormat>(x, row + r, group);
-                }
+                sums[r][0] = sums[r][1] = Integers::no_sums();
             }
-#pragma GCC unroll 4
-            for (std::size_t pair = 0; pair < n_pairs; ++pair) {
-                const Pairs first = load_pairs(&panels[panel][pair][0]);
-                const Pairs second = load_pairs(&panels[panel][pair][1]);
+#pragma GCC unroll 8
+            for (std::size_t word = 0; word < n_words; ++word) {
+                const auto first = load_words(&panels[panel][word][0]);
+                const auto second = load_words(&panels[panel][word][1]);
 #pragma GCC unroll 8
                 for (std::size_t r = 0; r < kRows; ++r) {
-                    const InputPair activations = input_pair(integers + r * group_size + 2 * pair);
+                    const auto activations = load_inputs(integers + r * group_size + word * Integers::kInputs);
                     sums[r][0] = dot(sums[r][0], first, activations);
                     sums[r][1] = dot(sums[r][1], second, activations);
                 }
@@ -118,13 +126,14 @@ inline void add_integers(const Pairs (*panels)[kMaxGroup / 2][kPanelVectors], st
 #pragma GCC unroll 2
                 for (std::size_t v = 0; v < kPanelVectors; ++v) {
                     float* total = totals[panel][row + r] + v * kLanes;
-                    store(total, fma(to_f32(sums[r][v]) * x_scale, scales[panel * kPanelVectors + v], load(total)));
+                    const I32x8 sum = without_offset<kFormat>(total_of(sums[r][v]), x, row + r, group);
+                    store(total, fma(to_f32(sum) * x_scale, scales[panel * kPanelVectors + v], load(total)));
                 }
             }
         }
     }
     if constexpr (kRows > 1) {
-        add_integers<kFormat, kRows / 2>(panels, n_pairs, scales, x, row, group, group_size, totals);
+        add_integers<kFormat, kRows / 2>(panels, matrix, n_inputs, scales, x, row, group, totals);
     }
 }
 
@@ -141,24 +150,24 @@ inline void store_strip(const float (*totals)[kMaxRows][kPanelOutputs], std::siz
 template <Format kFormat, Layout kLayout>
 inline void rows_of_integers(const Matrix& matrix, const Activations& x, std::size_t first_unit, std::size_t end_unit,
                              float* out, std::size_t out_stride) {
+    using Integers = IntegerFormat<kFormat>;
     const std::size_t padded_in = matrix.padded_in();
     const OutputRange range = outputs_of(matrix, first_unit, end_unit);
-    IntegerPanels<kFormat, kLayout> panels;
+    IntegerPanels<kFormat, kLayout> weights;
     alignas(64) float totals[kPanels][kMaxRows][kPanelOutputs];
     for (std::size_t output = range.begin; output < range.end; output += kStripOutputs) {
         for (std::size_t panel = 0; panel < kPanels; ++panel) {
             std::memset(totals[panel], 0, x.n_rows * sizeof totals[0][0]);
         }
-        for (std::size_t group = 0; group < matrix.n_groups(); ++group) {
-            const std::size_t begin = group * matrix.group;
-            const std::size_t end = smaller(begin + matrix.group, padded_in);
-            panels.unpack(matrix, output, range.end, begin, end);
+        for (std::size_t group = 0; group < matrix.n_activation_groups(); ++group) {
+            const std::size_t begin = group * Integers::group(matrix);
+            const std::size_t end = begin + Integers::inputs_of_group(matrix, padded_in - begin);
+            weights.unpack(matrix, output, range.end, begin, end);
             F32x8 scales[kStripVectors];
             for (std::size_t v = 0; v < kStripVectors; ++v) {
-                scales[v] = panels.scale(matrix, output, v, range.end, group);
+                scales[v] = weights.scale(matrix, output, v, range.end, Integers::scale_of(matrix, group));
             }
-            add_integers<kFormat, kRowsAtOnce>(panels.pairs, (end - begin) / 2, scales, x, 0, group, matrix.group,
-                                               totals);
+            add_integers<kFormat, kRowsAtOnce>(weights.panels, matrix, end - begin, scales, x, 0, group, totals);
         }
         store_strip(totals, x.n_rows, output, range.end, out, out_stride);
     }

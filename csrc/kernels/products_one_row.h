@@ -11,37 +11,46 @@ namespace {
 template <Format kFormat>
 inline void row_of_integer_tiles(const Matrix& matrix, const Activations& x, std::size_t first_unit,
                                  std::size_t end_unit, float* out) {
-    using Tile = typename IntegerFormat<kFormat>::Tile;
-    constexpr std::size_t kInputs = 2 * Tile::kPairs;  // of one unpacking
-    constexpr std::size_t kUnpackings = kLineBytes / Tile::kBytes;
+    using Integers = IntegerFormat<kFormat>;
+    constexpr std::size_t kInputs = Integers::kTileWords * Integers::kInputs;  // of one unpacking
+    constexpr std::size_t kUnpackings = kLineBytes / Integers::kTileBytes;
     constexpr std::size_t kChains = 4;  // so that a sum need not wait for the one before
     const std::size_t padded_in = matrix.padded_in();
-    const std::size_t n_groups = matrix.n_groups();
+    const std::size_t n_groups = matrix.n_activation_groups();
+    const std::size_t group_size = Integers::group(matrix);
+    const std::size_t slots = x.slots;
     const OutputRange range = outputs_of(matrix, first_unit, end_unit);
-    const std::uint8_t* data = matrix.data + range.begin / kLanes * padded_in / kInputs * Tile::kBytes;
-    const std::uint16_t* scales = matrix.scales + range.begin * n_groups;
+    const std::uint8_t* data = matrix.data + range.begin / kLanes * padded_in / kInputs * Integers::kTileBytes;
+    const std::uint16_t* scales = matrix.scales + range.begin * matrix.n_groups();
     for (std::size_t output = range.begin; output < range.end; output += kLanes) {
         F32x8 total = zero();
-        for (std::size_t group = 0; group < n_groups; ++group, scales += kLanes) {
-            const std::size_t n_inputs = smaller(matrix.group, padded_in - group * matrix.group);
-            const std::int16_t* integers = x.integers + group * x.slots * matrix.group;
-            I32x8 sums[kChains] = {first_sum<kFormat>(x, 0, group), zero_i32(), zero_i32(), zero_i32()};
+        for (std::size_t group = 0; group < n_groups; ++group) {
+            const std::size_t n_inputs = Integers::inputs_of_group(matrix, padded_in - group * group_size);
+            const auto* integers = Integers::activations(x) + group * slots * group_size;
+            typename Integers::Sums sums[kChains];
+#pragma GCC unroll 4
+            for (std::size_t chain = 0; chain < kChains; ++chain) {
+                sums[chain] = Integers::no_sums();
+            }
+#pragma GCC unroll 2
             for (std::size_t input = 0; input < n_inputs; input += kUnpackings * kInputs) {
                 fetch_first(data + kAheadBytes);
 #pragma GCC unroll 4
-                for (std::size_t i = 0; i < kUnpackings; ++i, data += Tile::kBytes, integers += kInputs) {
-                    Pairs pairs[Tile::kPairs];
-                    Tile::unpack(data, pairs);
+                for (std::size_t i = 0; i < kUnpackings; ++i, data += Integers::kTileBytes, integers += kInputs) {
+                    typename Integers::Words words[Integers::kTileWords];
+                    Integers::unpack_tile(data, words);
 #pragma GCC unroll 4
-                    for (std::size_t p = 0; p < Tile::kPairs; ++p) {
-                        I32x8& sum = sums[(i * Tile::kPairs + p) % kChains];
-                        sum = dot(sum, pairs[p], input_pair(integers + 2 * p));
+                    for (std::size_t w = 0; w < Integers::kTileWords; ++w) {
+                        auto& sum = sums[(i * Integers::kTileWords + w) % kChains];
+                        sum = dot(sum, words[w], load_inputs(integers + w * Integers::kInputs));
                     }
                 }
             }
-            const I32x8 sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-            total = fma(to_f32(sum) * broadcast(x.scales[group * x.slots]), load_scales(scales), total);
+            const I32x8 sum = without_offset<kFormat>(total_of((sums[0] + sums[1]) + (sums[2] + sums[3])), x, 0, group);
+            const F32x8 scale = load_scales(scales + Integers::scale_of(matrix, group) * kLanes);
+            total = fma(to_f32(sum) * broadcast(x.scales[group * slots]), scale, total);
         }
+        scales += matrix.n_groups() * kLanes;
         store_outputs(out, output, matrix.n_out, total);
     }
 }
@@ -108,7 +117,8 @@ struct Inputs {
     Number x[kMost + 1];
     std::size_t count;
 
-    void take_all(const Number* activations, std::size_t n) {
+    template <typename Activation>
+    void take_all(const Activation* activations, std::size_t n) {
         for (std::size_t i = 0; i < n; ++i) {
             at[i] = static_cast<std::uint16_t>(i);
             x[i] = activations[i];
@@ -117,12 +127,14 @@ struct Inputs {
     }
 
     // Only those that are not zero, whose weights begin to be fetched.
-    void take_active(const Number* activations, std::size_t n, const std::uint8_t* weights, std::size_t input_bytes) {
+    template <typename Activation>
+    void take_active(const Activation* activations, std::size_t n, const std::uint8_t* weights,
+                     std::size_t input_bytes) {
         count = 0;
         for (std::size_t i = 0; i < n; ++i) {
             at[count] = static_cast<std::uint16_t>(i);
             x[count] = activations[i];
-            count += activations[i] != Number{0};
+            count += activations[i] != Activation{0};
         }
         for (std::size_t i = 0; i < count; ++i) {
             for (std::size_t line = 0; line < input_bytes; line += kLineBytes) {
@@ -138,14 +150,15 @@ struct Inputs {
 template <Format kFormat, bool kSkipZeros>
 inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, std::size_t first_unit,
                                    std::size_t end_unit, float* out) {
-    using Columns = typename IntegerFormat<kFormat>::Columns;
+    using Integers = IntegerFormat<kFormat>;
+    using Columns = typename Integers::Columns;
     constexpr std::size_t kOutputs = stored_together(kFormat, Layout::kColumns);
     constexpr std::size_t kParts = kOutputs / kBlockOutputs;
     constexpr std::size_t kInputBytes = kOutputs * format_bits(kFormat) / 8;
     const std::size_t padded_in = matrix.padded_in();
-    const std::size_t n_groups = matrix.n_groups();
+    const std::size_t group_size = Integers::group(matrix);
     const std::uint8_t* data = matrix.data + first_unit * padded_in * kInputBytes;
-    const std::uint16_t* scales = matrix.scales + first_unit * n_groups * kOutputs;
+    const std::uint16_t* scales = matrix.scales + first_unit * matrix.n_groups() * kOutputs;
     Inputs<std::int16_t, kMaxGroup> lists[2];
     for (std::size_t unit = first_unit; unit < end_unit; ++unit) {
         F32x8 totals[kParts][kBlockVectors];
@@ -154,19 +167,20 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
                 totals[part][v] = zero();
             }
         }
-        for (std::size_t group = 0; group < n_groups; ++group, scales += kOutputs) {
-            const std::size_t left = padded_in - group * matrix.group;
-            const std::size_t n_inputs = smaller(matrix.group, left);
-            const std::int16_t* integers = x.integers + group * x.slots * matrix.group;
+        for (std::size_t group = 0; group < matrix.n_activation_groups(); ++group) {
+            const std::size_t left = padded_in - group * group_size;
+            const std::size_t n_inputs = smaller(group_size, left);
+            const auto* integers = Integers::activations(x) + group * x.slots * group_size;
+            const std::uint16_t* group_scales = scales + Integers::scale_of(matrix, group) * kOutputs;
             Inputs<std::int16_t, kMaxGroup>& inputs = lists[kSkipZeros ? group % 2 : 0];
             if constexpr (kSkipZeros) {
                 // One group ahead, so that its weights arrive while this one is worked on.
                 if (group == 0) {
                     inputs.take_active(integers, n_inputs, data, kInputBytes);
                 }
-                lists[(group + 1) % 2].take_active(integers + x.slots * matrix.group,
-                                                   smaller(matrix.group, left - n_inputs),
-                                                   data + n_inputs * kInputBytes, kInputBytes);
+                lists[(group + 1) % 2].take_active(integers + x.slots * group_size,
+                                                   smaller(group_size, left - n_inputs), data + n_inputs * kInputBytes,
+                                                   kInputBytes);
             } else {
                 inputs.take_all(integers, n_inputs);
             }
@@ -176,7 +190,7 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
                 I32x8 sums[kBlockVectors];
 #pragma GCC unroll 8
                 for (std::size_t v = 0; v < kBlockVectors; ++v) {
-                    sums[v] = first_sum<kFormat>(x, 0, group);
+                    sums[v] = zero_i32();
                 }
                 for (std::size_t i = 0; i < inputs.count; i += 2) {
                     const std::uint8_t* first = weights + inputs.at[i] * kInputBytes;
@@ -185,25 +199,27 @@ inline void row_of_integer_columns(const Matrix& matrix, const Activations& x, s
                         fetch_first(first + kAheadBytes);
                         fetch_first(second + kAheadBytes);
                     }
-                    const InputPair activations = input_pair(inputs.x + i);
+                    const InputPair activations = load_inputs(inputs.x + i);
 #pragma GCC unroll 8
                     for (std::size_t v = 0; v < kBlockVectors; v += Columns::kPairs) {
                         Pairs pairs[Columns::kPairs];
                         Columns::unpack(first, second, v, pairs);
 #pragma GCC unroll 8
                         for (std::size_t p = 0; p < Columns::kPairs; ++p) {
-                            sums[v + p] = dot(sums[v + p], pairs[p], activations);
+                            sums[v + p] = one_by_one(dot(sums[v + p], pairs[p], activations));
                         }
                     }
                 }
 #pragma GCC unroll 8
                 for (std::size_t v = 0; v < kBlockVectors; ++v) {
-                    const F32x8 scale = load_scales(scales + part * kBlockOutputs + v * kLanes);
-                    totals[part][v] = fma(to_f32(sums[v]) * x_scale, scale, totals[part][v]);
+                    const F32x8 scale = load_scales(group_scales + part * kBlockOutputs + v * kLanes);
+                    totals[part][v] =
+                        fma(to_f32(without_offset<kFormat>(sums[v], x, 0, group)) * x_scale, scale, totals[part][v]);
                 }
             }
             data += n_inputs * kInputBytes;
         }
+        scales += matrix.n_groups() * kOutputs;
         for (std::size_t part = 0; part < kParts; ++part) {
             for (std::size_t v = 0; v < kBlockVectors; ++v) {
                 store_outputs(out, unit * kOutputs + part * kBlockOutputs + v * kLanes, matrix.n_out, totals[part][v]);

@@ -3,21 +3,32 @@
 //
 //   F32x8                    eight floats:    + - * /, fma(a, b, c) = a·b + c (one rounding where the hardware has it),
 //                            min, max, abs, sum, largest
-//   I32x8                    eight integers of 32 bits:    + - & |, shift_left<n>
+//   I32x8                    eight integers of 32 bits:    + - & |, shift_left<n>, shift_right<n> (which fills with 0)
 //   load, store, load_partial, store_partial (of n lanes, 0 <= n <= 8; the others read as zero), load_i32, store_i32,
-//   broadcast(float), broadcast_i32, zero(), zero_i32()
+//   load_bits (32 bytes), broadcast(float), broadcast_i32, zero(), zero_i32()
 //   to_f32(I32x8), to_i32(F32x8) (to the nearest, ties to even, for |x| < 2^22), bits_of(F32x8), f32_of_bits(I32x8)
 //   load_weights(pointer)    eight f32, f16 or bf16 numbers as floats
 //
-// For integer products, lanes are outputs, and two inputs are taken at once, as 16-bit integers:
+// For integer products, lanes are outputs, and two or four inputs are taken at once. As 16-bit integers:
 //
-//   Pairs                    eight outputs' weights for two inputs;  store_pairs, load_pairs keep them in memory
-//   InputPair                the two inputs' activations for all lanes;  input_pair(pointer to two int16)
-//   dot(sum, Pairs, InputPair)   sum + weight · activation of both inputs
-//   Int8Tile, Int4Tile       unpack kBytes of a tile: its next 2 · kPairs inputs
+//   Pairs                    eight outputs' weights for two inputs;  store_words, load_words keep them in memory
+//   InputPair                the two inputs' activations for all lanes;  load_inputs(pointer to two int16)
+//   dot(I32x8 sums, Pairs, InputPair)   sums + weight · activation of both inputs
+//   one_by_one(I32x8)        keeps a sum from being formed as a tree, whose leaves would not fit into the registers,
+//   where
+//                            a compiler was seen to do that and to lose by it
+//   load_int8_pairs          16 bytes of a tile of int8
 //   Int8Columns, Int4Columns unpack two inputs of a block of columns: kPairs vectors of outputs, from `vector` on
 //
-//   pack_i16(pointer, F32x8) eight floats, rounded to the nearest, as int16
+// And int4's numbers, from 0 to 15, as bytes against activations of 8 bits:
+//
+//   Quads                    eight outputs' weights for four inputs, in the bytes of an I32x8;  store_words, load_words
+//   InputQuad                the four inputs' activations for all lanes;  load_inputs(pointer to four int8)
+//   QuadSums                 sums of up to 32 inputs, in as few bits as these need;  +, no_quad_sums()
+//   dot(QuadSums, Quads, InputQuad)     sums + weight · activation of all four inputs
+//
+//   total_of(I32x8 or QuadSums)         the outputs' sums as I32x8
+//   store_rounded(pointer, F32x8)       eight floats, rounded to the nearest, as int16 or int8
 #pragma once
 
 #include <cstddef>

@@ -3,6 +3,12 @@
 namespace goslet {
 namespace {
 
+// The same vector, of which the compiler does not know where it comes from.
+GOSLET_INLINE __m256i opaque(__m256i a) {
+    __asm__("" : "+v"(a));
+    return a;
+}
+
 struct F32x8 {
     __m256 v;
 };
@@ -51,6 +57,10 @@ template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {_mm256_slli_epi32(a.v, n)};
 }
+template <int n>
+GOSLET_INLINE I32x8 shift_right(I32x8 a) {
+    return {_mm256_srli_epi32(a.v, n)};
+}
 
 GOSLET_INLINE F32x8 zero() {
     return {_mm256_setzero_ps()};
@@ -71,6 +81,9 @@ GOSLET_INLINE void store(float* x, F32x8 a) {
     _mm256_storeu_ps(x, a.v);
 }
 GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
+}
+GOSLET_INLINE I32x8 load_bits(const std::uint8_t* x) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
 }
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
@@ -128,15 +141,15 @@ struct Pairs {
 struct InputPair {
     __m256i v;
 };
-GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+GOSLET_INLINE InputPair load_inputs(const std::int16_t* x) {
     std::int32_t both;
     std::memcpy(&both, x, sizeof both);
     return {_mm256_set1_epi32(both)};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+GOSLET_INLINE Pairs load_words(const Pairs* x) {
     return {_mm256_load_si256(&x->v)};
 }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+GOSLET_INLINE void store_words(Pairs* x, Pairs a) {
     _mm256_store_si256(&x->v, a.v);
 }
 GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
@@ -147,13 +160,60 @@ GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
 #endif
 }
 
-struct Int8Tile {
-    static constexpr std::size_t kPairs = 1;
-    static constexpr std::size_t kBytes = 16;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        pairs[0] = {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)))};
-    }
+GOSLET_INLINE I32x8 one_by_one(I32x8 sum) {
+    return {opaque(sum.v)};
+}
+GOSLET_INLINE I32x8 total_of(I32x8 sums) {
+    return sums;
+}
+GOSLET_INLINE Pairs load_int8_pairs(const std::uint8_t* data) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)))};
+}
+
+struct Quads {
+    I32x8 v;  // byte 4 · output + input
 };
+struct InputQuad {
+    __m256i v;
+};
+struct QuadSums {
+    __m256i v;  // with VNNI a lane for each output, otherwise two of 16 bits
+};
+GOSLET_INLINE InputQuad load_inputs(const std::int8_t* x) {
+    std::int32_t all;
+    std::memcpy(&all, x, sizeof all);
+    return {_mm256_set1_epi32(all)};
+}
+GOSLET_INLINE Quads load_words(const Quads* x) {
+    return {{_mm256_load_si256(&x->v.v)}};
+}
+GOSLET_INLINE void store_words(Quads* x, Quads a) {
+    _mm256_store_si256(&x->v.v, a.v.v);
+}
+GOSLET_INLINE QuadSums no_quad_sums() {
+    return {_mm256_setzero_si256()};
+}
+#ifdef GOSLET_VNNI
+GOSLET_INLINE QuadSums dot(QuadSums sums, Quads weights, InputQuad x) {
+    return {_mm256_dpbusd_epi32(sums.v, weights.v.v, x.v)};
+}
+GOSLET_INLINE QuadSums operator+(QuadSums a, QuadSums b) {
+    return {_mm256_add_epi32(a.v, b.v)};
+}
+GOSLET_INLINE I32x8 total_of(QuadSums sums) {
+    return {sums.v};
+}
+#else
+GOSLET_INLINE QuadSums dot(QuadSums sums, Quads weights, InputQuad x) {
+    return {opaque(_mm256_add_epi16(sums.v, _mm256_maddubs_epi16(weights.v.v, x.v)))};
+}
+GOSLET_INLINE QuadSums operator+(QuadSums a, QuadSums b) {
+    return {_mm256_add_epi16(a.v, b.v)};
+}
+GOSLET_INLINE I32x8 total_of(QuadSums sums) {
+    return {_mm256_madd_epi16(sums.v, _mm256_set1_epi16(1))};
+}
+#endif
 
 // Of four nibbles in every 16-bit lane, a vector for each.
 GOSLET_INLINE void split_nibbles(__m256i x, Pairs* pairs) {
@@ -163,14 +223,6 @@ GOSLET_INLINE void split_nibbles(__m256i x, Pairs* pairs) {
     pairs[2] = {_mm256_and_si256(_mm256_srli_epi16(x, 8), mask)};
     pairs[3] = {_mm256_srli_epi16(x, 12)};
 }
-
-struct Int4Tile {
-    static constexpr std::size_t kPairs = 4;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        split_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)), pairs);
-    }
-};
 
 struct Int8Columns {
     static constexpr std::size_t kPairs = 2;
@@ -196,10 +248,15 @@ struct Int4Columns {
     }
 };
 
-GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+GOSLET_INLINE __m128i rounded_i16(F32x8 a) {
     const __m256i wide = _mm256_cvtps_epi32(a.v);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
-                     _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    return _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+GOSLET_INLINE void store_rounded(std::int16_t* x, F32x8 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), rounded_i16(a));
+}
+GOSLET_INLINE void store_rounded(std::int8_t* x, F32x8 a) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm_packs_epi16(rounded_i16(a), _mm_setzero_si128()));
 }
 
 }  // namespace

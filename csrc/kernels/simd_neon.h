@@ -51,6 +51,11 @@ template <int n>
 GOSLET_INLINE I32x8 shift_left(I32x8 a) {
     return {vshlq_n_s32(a.low, n), vshlq_n_s32(a.high, n)};
 }
+template <int n>
+GOSLET_INLINE I32x8 shift_right(I32x8 a) {
+    return {vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.low), n)),
+            vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.high), n))};
+}
 
 GOSLET_INLINE F32x8 broadcast(float x) {
     return {vdupq_n_f32(x), vdupq_n_f32(x)};
@@ -73,6 +78,9 @@ GOSLET_INLINE void store(float* x, F32x8 a) {
 }
 GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
     return {vld1q_s32(x), vld1q_s32(x + 4)};
+}
+GOSLET_INLINE I32x8 load_bits(const std::uint8_t* x) {
+    return {vreinterpretq_s32_u8(vld1q_u8(x)), vreinterpretq_s32_u8(vld1q_u8(x + 16))};
 }
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
     vst1q_s32(x, a.low);
@@ -129,15 +137,15 @@ struct Pairs {
 struct InputPair {
     int16x4_t v;
 };
-GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+GOSLET_INLINE InputPair load_inputs(const std::int16_t* x) {
     std::int32_t both;
     std::memcpy(&both, x, sizeof both);
     return {vreinterpret_s16_s32(vdup_n_s32(both))};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+GOSLET_INLINE Pairs load_words(const Pairs* x) {
     return *x;
 }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+GOSLET_INLINE void store_words(Pairs* x, Pairs a) {
     *x = a;
 }
 GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
@@ -148,18 +156,79 @@ GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
     return sum;
 }
 
-GOSLET_INLINE int8x8_t load_bytes(const std::uint8_t* data) {
-    return vreinterpret_s8_u8(vld1_u8(data));
+GOSLET_INLINE I32x8 one_by_one(I32x8 sum) {
+    return sum;
+}
+GOSLET_INLINE I32x8 total_of(I32x8 sums) {
+    return sums;
+}
+GOSLET_INLINE Pairs load_int8_pairs(const std::uint8_t* data) {
+    const uint8x8x2_t apart = vld2_u8(data);
+    return {vmovl_s8(vreinterpret_s8_u8(apart.val[0])), vmovl_s8(vreinterpret_s8_u8(apart.val[1]))};
 }
 
-struct Int8Tile {
-    static constexpr std::size_t kPairs = 1;
-    static constexpr std::size_t kBytes = 16;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        const uint8x8x2_t apart = vld2_u8(data);
-        pairs[0] = {vmovl_s8(vreinterpret_s8_u8(apart.val[0])), vmovl_s8(vreinterpret_s8_u8(apart.val[1]))};
-    }
+struct Quads {
+    I32x8 v;  // byte 4 · output + input
 };
+struct InputQuad {
+    int8x16_t v;
+};
+GOSLET_INLINE InputQuad load_inputs(const std::int8_t* x) {
+    std::int32_t all;
+    std::memcpy(&all, x, sizeof all);
+    return {vreinterpretq_s8_s32(vdupq_n_s32(all))};
+}
+GOSLET_INLINE Quads load_words(const Quads* x) {
+    return *x;
+}
+GOSLET_INLINE void store_words(Quads* x, Quads a) {
+    *x = a;
+}
+#ifdef GOSLET_DOTPROD
+struct QuadSums {
+    I32x8 v;
+};
+GOSLET_INLINE QuadSums no_quad_sums() {
+    return {zero_i32()};
+}
+GOSLET_INLINE QuadSums dot(QuadSums sums, Quads weights, InputQuad x) {
+    return {{vdotq_s32(sums.v.low, vreinterpretq_s8_s32(weights.v.low), x.v),
+             vdotq_s32(sums.v.high, vreinterpretq_s8_s32(weights.v.high), x.v)}};
+}
+GOSLET_INLINE QuadSums operator+(QuadSums a, QuadSums b) {
+    return {a.v + b.v};
+}
+GOSLET_INLINE I32x8 total_of(QuadSums sums) {
+    return sums.v;
+}
+#else
+// Sums of 16 bits for each output and input: eight products of at most 15 · 127 fit, and 32 inputs have no more.
+struct QuadSums {
+    int16x8_t low[2], high[2];
+};
+GOSLET_INLINE QuadSums no_quad_sums() {
+    const int16x8_t none = vdupq_n_s16(0);
+    return {{none, none}, {none, none}};
+}
+GOSLET_INLINE QuadSums dot(QuadSums sums, Quads weights, InputQuad x) {
+    const int8x16_t low = vreinterpretq_s8_s32(weights.v.low);
+    const int8x16_t high = vreinterpretq_s8_s32(weights.v.high);
+    return {{vmlal_s8(sums.low[0], vget_low_s8(low), vget_low_s8(x.v)), vmlal_high_s8(sums.low[1], low, x.v)},
+            {vmlal_s8(sums.high[0], vget_low_s8(high), vget_low_s8(x.v)), vmlal_high_s8(sums.high[1], high, x.v)}};
+}
+GOSLET_INLINE QuadSums operator+(QuadSums a, QuadSums b) {
+    return {{vaddq_s16(a.low[0], b.low[0]), vaddq_s16(a.low[1], b.low[1])},
+            {vaddq_s16(a.high[0], b.high[0]), vaddq_s16(a.high[1], b.high[1])}};
+}
+GOSLET_INLINE I32x8 total_of(QuadSums sums) {
+    return {vpaddq_s32(vpaddlq_s16(sums.low[0]), vpaddlq_s16(sums.low[1])),
+            vpaddq_s32(vpaddlq_s16(sums.high[0]), vpaddlq_s16(sums.high[1]))};
+}
+#endif
+
+GOSLET_INLINE int8x8_t load_eight(const std::uint8_t* data) {
+    return vreinterpret_s8_u8(vld1_u8(data));
+}
 
 GOSLET_INLINE uint16x8x2_t load_halves(const std::uint8_t* data) {
     const uint16x8_t low = vreinterpretq_u16_u8(vld1q_u8(data));
@@ -180,20 +249,11 @@ GOSLET_INLINE void split_nibbles(uint16x8_t first, uint16x8_t second, Pairs* pai
     pairs[3].second = vreinterpretq_s16_u16(vshrq_n_u16(second, 12));
 }
 
-struct Int4Tile {
-    static constexpr std::size_t kPairs = 4;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        const uint16x8x2_t inputs = load_halves(data);
-        split_nibbles(inputs.val[0], inputs.val[1], pairs);
-    }
-};
-
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
     static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
                                      Pairs* pairs) {
-        pairs[0] = {vmovl_s8(load_bytes(first + 8 * vector)), vmovl_s8(load_bytes(second + 8 * vector))};
+        pairs[0] = {vmovl_s8(load_eight(first + 8 * vector)), vmovl_s8(load_eight(second + 8 * vector))};
     }
 };
 
@@ -208,9 +268,15 @@ struct Int4Columns {
     }
 };
 
-GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+GOSLET_INLINE int16x8_t rounded_i16(F32x8 a) {
     const I32x8 wide = to_i32(a);
-    vst1q_s16(x, vcombine_s16(vqmovn_s32(wide.low), vqmovn_s32(wide.high)));
+    return vcombine_s16(vqmovn_s32(wide.low), vqmovn_s32(wide.high));
+}
+GOSLET_INLINE void store_rounded(std::int16_t* x, F32x8 a) {
+    vst1q_s16(x, rounded_i16(a));
+}
+GOSLET_INLINE void store_rounded(std::int8_t* x, F32x8 a) {
+    vst1_s8(x, vqmovn_s16(rounded_i16(a)));
 }
 
 }  // namespace

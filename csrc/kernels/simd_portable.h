@@ -81,6 +81,11 @@ GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
     std::memcpy(&a, x, sizeof a);
     return a;
 }
+GOSLET_INLINE I32x8 load_bits(const std::uint8_t* x) {
+    I32x8 a;
+    std::memcpy(&a, x, sizeof a);
+    return a;
+}
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
     std::memcpy(x, &a, sizeof a);
 }
@@ -167,15 +172,15 @@ struct Pairs {
 struct InputPair {
     Int4 v;
 };
-GOSLET_INLINE InputPair input_pair(const std::int16_t* x) {
+GOSLET_INLINE InputPair load_inputs(const std::int16_t* x) {
     std::int32_t both;
     std::memcpy(&both, x, sizeof both);
     return {broadcast_i32(both).low};
 }
-GOSLET_INLINE Pairs load_pairs(const Pairs* x) {
+GOSLET_INLINE Pairs load_words(const Pairs* x) {
     return *x;
 }
-GOSLET_INLINE void store_pairs(Pairs* x, Pairs a) {
+GOSLET_INLINE void store_words(Pairs* x, Pairs a) {
     *x = a;
 }
 
@@ -191,23 +196,57 @@ GOSLET_INLINE I32x8 dot(I32x8 sum, Pairs weights, InputPair x) {
     return {dot(sum.low, weights.v.low, x.v), dot(sum.high, weights.v.high, x.v)};
 }
 
-GOSLET_INLINE Pairs pairs_of(const std::int16_t* lanes) {
+GOSLET_INLINE I32x8 one_by_one(I32x8 sum) {
+    return sum;
+}
+GOSLET_INLINE I32x8 total_of(I32x8 sums) {
+    return sums;
+}
+GOSLET_INLINE Pairs load_int8_pairs(const std::uint8_t* data) {
+    std::int16_t lanes[16];
+    for (std::size_t i = 0; i < 16; ++i) {
+        lanes[i] = static_cast<std::int8_t>(data[i]);
+    }
     Pairs pairs;
     std::memcpy(&pairs, lanes, sizeof pairs);
     return pairs;
 }
 
-struct Int8Tile {
-    static constexpr std::size_t kPairs = 1;
-    static constexpr std::size_t kBytes = 16;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        std::int16_t lanes[16];
-        for (std::size_t i = 0; i < 16; ++i) {
-            lanes[i] = static_cast<std::int8_t>(data[i]);
-        }
-        pairs[0] = pairs_of(lanes);
-    }
+struct Quads {
+    I32x8 v;  // byte 4 · output + input
 };
+struct InputQuad {
+    Int4 even, odd;  // inputs 0 and 2, and 1 and 3, as 16-bit lanes
+};
+struct QuadSums {
+    I32x8 v;
+};
+GOSLET_INLINE InputQuad load_inputs(const std::int8_t* x) {
+    const std::int16_t even[2] = {x[0], x[2]};
+    const std::int16_t odd[2] = {x[1], x[3]};
+    return {load_inputs(even).v, load_inputs(odd).v};
+}
+GOSLET_INLINE Quads load_words(const Quads* x) {
+    return *x;
+}
+GOSLET_INLINE void store_words(Quads* x, Quads a) {
+    *x = a;
+}
+GOSLET_INLINE QuadSums no_quad_sums() {
+    return {zero_i32()};
+}
+GOSLET_INLINE QuadSums dot(QuadSums sums, Quads weights, InputQuad x) {
+    const I32x8 even = weights.v & broadcast_i32(0x00FF00FF);
+    const I32x8 odd = shift_right<8>(weights.v) & broadcast_i32(0x00FF00FF);
+    return {{dot(dot(sums.v.low, even.low, x.even), odd.low, x.odd),
+             dot(dot(sums.v.high, even.high, x.even), odd.high, x.odd)}};
+}
+GOSLET_INLINE QuadSums operator+(QuadSums a, QuadSums b) {
+    return {a.v + b.v};
+}
+GOSLET_INLINE I32x8 total_of(QuadSums sums) {
+    return sums.v;
+}
 
 // Of four nibbles in every 16-bit lane, a vector for each.
 GOSLET_INLINE void split_nibbles(I32x8 x, Pairs* pairs) {
@@ -217,16 +256,6 @@ GOSLET_INLINE void split_nibbles(I32x8 x, Pairs* pairs) {
     pairs[2] = {shift_right<8>(x) & mask};
     pairs[3] = {shift_right<12>(x) & mask};
 }
-
-struct Int4Tile {
-    static constexpr std::size_t kPairs = 4;
-    static constexpr std::size_t kBytes = 32;
-    static GOSLET_INLINE void unpack(const std::uint8_t* data, Pairs* pairs) {
-        I32x8 x;
-        std::memcpy(&x, data, sizeof x);
-        split_nibbles(x, pairs);
-    }
-};
 
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
@@ -252,11 +281,12 @@ struct Int4Columns {
     }
 };
 
-GOSLET_INLINE void pack_i16(std::int16_t* x, F32x8 a) {
+template <typename Integer>
+GOSLET_INLINE void store_rounded(Integer* x, F32x8 a) {
     const I32x8 wide = to_i32(a);
     for (std::size_t i = 0; i < 4; ++i) {
-        x[i] = static_cast<std::int16_t>(wide.low[i]);
-        x[4 + i] = static_cast<std::int16_t>(wide.high[i]);
+        x[i] = static_cast<Integer>(wide.low[i]);
+        x[4 + i] = static_cast<Integer>(wide.high[i]);
     }
 }
 

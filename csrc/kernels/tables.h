@@ -11,5 +11,6 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kNeonKernels;
+extern const Kernels kNeonDotprodKernels;
 
 }  // namespace goslet

@@ -18,6 +18,7 @@ from ..state import State
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
+    from ..weights import WeightFormat
 
 PLANNED = {"trt": "the TensorRT backend"}
 DEFAULT = "native"
@@ -50,7 +51,6 @@ class Backend(abc.ABC):
     Attributes:
         name: how users name it.
         in_place: whether steps update a state in its one buffer; otherwise they need a second one to write to.
-        activation_bits: width of the integers that activations are rounded to where they meet integer weights.
         isa: the instruction set of the kernels, or None where the backend does not say.
         density: of the activations that meet `ffn.value` in steps of one token, the share that was not zero, since the
             backend was made; None where it does not skip the others or has made no step.
@@ -58,7 +58,14 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]
     in_place: ClassVar[bool]
-    activation_bits: ClassVar[int]
+
+    @abc.abstractmethod
+    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
+        """How activations are rounded where they meet a weight of this format.
+
+        Returns:
+            The integers' bits and how many of them share a scale; None where activations stay floating numbers.
+        """
 
     @property
     def isa(self) -> str | None:

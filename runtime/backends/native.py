@@ -17,6 +17,7 @@ from . import Backend, Stepper
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
+    from ..weights import WeightFormat
 
 # As many rows as one product takes (kMaxRows in csrc/kernels/matrix.h): larger pieces would save nothing, and Ctrl-C is
 # heard between two of them.
@@ -45,7 +46,6 @@ class NativeBackend(Backend):
 
     name = "native"
     in_place = True
-    activation_bits = 16
 
     def __init__(
         self, file: EngineFile, threads: int | None = None, *, pin: bool = False, skip_zeros: bool = True
@@ -108,6 +108,12 @@ class NativeBackend(Backend):
         """As `Backend.density`."""
         seen, active = self._engine.density
         return active / seen if seen else None
+
+    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
+        """See `Backend`; how it is done stands at Activations of ``csrc/kernels/matrix.h``."""
+        if weight.group is None:
+            return None
+        return (8, 32) if weight.name == "int4" else (16, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper that moves `state`'s one buffer on."""

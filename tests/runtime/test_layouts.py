@@ -55,11 +55,10 @@ def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]
         for tile in range(outs // 8):
             if fmt.name == "int4":
                 for b in range(ins // 8):
-                    lanes = [0] * 16
                     for o in range(8):
-                        for c in range(8):
-                            lanes[2 * o + (c & 1)] |= nibble(8 * tile + o, 8 * b + c) << (4 * (c // 2))
-                    out += b"".join(lane.to_bytes(2, "little") for lane in lanes)
+                        for c in range(4):
+                            low, high = (nibble(8 * tile + o, 8 * b + half + c) for half in (0, 4))
+                            out.append(low | high << 4)
             elif fmt.name == "int8":
                 for p in range(ins // 2):
                     piece = bytearray(16)
