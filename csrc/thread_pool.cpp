@@ -29,9 +29,15 @@ namespace {
 constexpr std::size_t kMaxThreads = 1024;
 // Two lines of 64 bytes: processors fetch them in pairs, and some have lines of 128.
 constexpr std::size_t kCacheLine = 128;
-// About what falling asleep and being woken costs: less would sleep through short waits, more would burn a core that
-// somebody else could use.
-constexpr std::chrono::microseconds kSpin{50};
+// How long a member spins before it sleeps. In quiet times, for what it takes to start a core that idled, in a virtual
+// machine too: less would sleep through many waits.
+constexpr std::chrono::nanoseconds kLongestSpin{1'000'000};
+// Where another program takes a member's core away now and then, about what falling asleep and being woken costs: more
+// would burn time that the awaited member or that program could use.
+constexpr std::chrono::nanoseconds kShortestSpin{50'000};
+// What a wait that ends while spinning adds, after one that did not: such a core gives thousands of them in a row only
+// when it is quiet again.
+constexpr std::chrono::nanoseconds kSpinGrowth{250};
 // Reading the clock costs as much as a few pauses.
 constexpr int kPausesPerClock = 16;
 
@@ -93,6 +99,15 @@ void bind_this_thread([[maybe_unused]] int cpu) noexcept {
 #endif
 }
 
+// The CPU that this thread is on; negative where the system does not say.
+int this_cpu() noexcept {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
 // A number that goes up, and threads that wait for it to.
 class alignas(kCacheLine) Gate {
   public:
@@ -112,10 +127,10 @@ class alignas(kCacheLine) Gate {
         }
     }
 
-    // Returns when the value is no longer `old`.
-    void wait(std::uint32_t old, std::chrono::microseconds spin) noexcept {
+    // Returns when the value is no longer `old`; whether the thread slept until then.
+    bool wait(std::uint32_t old, std::chrono::nanoseconds spin) noexcept {
         if (value() != old) {
-            return;
+            return false;
         }
         if (spin.count() != 0) {
             const auto give_up = std::chrono::steady_clock::now() + spin;
@@ -123,7 +138,7 @@ class alignas(kCacheLine) Gate {
                 for (int i = 0; i < kPausesPerClock; ++i) {
                     spin_pause();
                     if (value() != old) {
-                        return;
+                        return false;
                     }
                 }
             } while (std::chrono::steady_clock::now() < give_up);
@@ -132,6 +147,7 @@ class alignas(kCacheLine) Gate {
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         woken_.wait(lock, [&] { return value_.load(std::memory_order_seq_cst) != old; });
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
+        return true;
     }
 
   private:
@@ -161,11 +177,16 @@ class LoneMember final : public ThreadPool::Member {
 }  // namespace
 
 struct ThreadPool::Team {
+    struct alignas(kCacheLine) Waiter {
+        std::chrono::nanoseconds spin{kLongestSpin};
+        std::atomic<int> cpu{-1};  // where it was when it last began a job or woke up
+    };
     class TeamMember;
 
     const std::size_t n_threads;
     const long process = process_id();
-    std::chrono::microseconds spin{0};
+    bool spins = false;
+    std::vector<Waiter> waiters;  // of each member
     std::vector<std::thread> workers;
 
     std::mutex turn;  // one job at a time
@@ -183,14 +204,12 @@ struct ThreadPool::Team {
     alignas(kCacheLine) std::atomic<std::uint32_t> absent{0};
     alignas(kCacheLine) std::atomic<std::size_t> claimed{0};
 
-    Team(std::size_t n, bool pin) : n_threads(n) {
-        const std::vector<int> cpus = usable_cpus();
-        const std::size_t n_cpus = cpus.empty() ? std::thread::hardware_concurrency() : cpus.size();
+    Team(std::size_t n, bool pin) : n_threads(n), waiters(n) {
+        const std::vector<int> usable = usable_cpus();
+        const std::size_t n_cpus = usable.empty() ? std::thread::hardware_concurrency() : usable.size();
         // On a CPU that is shared with a member of this team, spinning only delays the one that is waited for.
-        if (n <= n_cpus) {
-            spin = kSpin;
-        }
-        const std::vector<int> bound = pin ? worker_cpus(cpus, n) : std::vector<int>();
+        spins = n <= n_cpus;
+        const std::vector<int> bound = pin ? worker_cpus(usable, n) : std::vector<int>();
         workers.reserve(n - 1);
         try {
             for (std::size_t i = 1; i < n; ++i) {
@@ -207,6 +226,28 @@ struct ThreadPool::Team {
         started.advance();
         for (std::thread& worker : workers) {
             worker.join();
+        }
+    }
+
+    // Waits for other members in the middle of a job.
+    void wait(Gate& gate, std::uint32_t old, std::size_t index) noexcept {
+        Waiter& waiter = waiters[index];
+        if (!gate.wait(old, spins ? waiter.spin : std::chrono::nanoseconds{0})) {
+            waiter.spin = std::min(kLongestSpin, waiter.spin + kSpinGrowth);
+            return;
+        }
+        const int cpu = this_cpu();
+        waiter.cpu.store(cpu, std::memory_order_relaxed);
+        // Members that a system woke on one CPU (a virtual machine's does, whose halted CPUs look busy to it) take
+        // turns there, and it moves one of them away only after it saw both running, which they are while one spins.
+        const bool alone =
+            cpu < 0 || std::none_of(
+                           waiters.begin(), waiters.end(),
+                           [&](const Waiter& other) {
+                               return &other != &waiter && other.cpu.load(std::memory_order_relaxed) == cpu;
+                           });
+        if (alone) {
+            waiter.spin = kShortestSpin;
         }
     }
 
@@ -250,7 +291,7 @@ class ThreadPool::Team::TeamMember final : public ThreadPool::Member {
         if (team_.last_to_arrive(0)) {
             team_.passed.advance();
         } else {
-            team_.passed.wait(barrier, team_.spin);
+            team_.wait(team_.passed, barrier, index_);
         }
     }
 
@@ -284,7 +325,8 @@ void ThreadPool::Team::serve(std::size_t index, int cpu) noexcept {
     }
     // A job ends when every member has left it, so none can be missed.
     for (std::uint32_t jobs = 0;; ++jobs) {
-        started.wait(jobs, spin);
+        started.wait(jobs, spins ? kLongestSpin : std::chrono::nanoseconds{0});
+        waiters[index].cpu.store(this_cpu(), std::memory_order_relaxed);
         if (stopping) {
             return;
         }
@@ -340,10 +382,11 @@ void ThreadPool::run(const Job& job) {
     const auto n = static_cast<std::uint32_t>(team.n_threads);
     team.job = &job;
     team.absent.store(n << 16 | n, std::memory_order_relaxed);
+    team.waiters[0].cpu.store(this_cpu(), std::memory_order_relaxed);
     const std::uint32_t jobs = team.finished.value();
     team.started.advance();
     team.take_part(0);
-    team.finished.wait(jobs, team.spin);
+    team.wait(team.finished, jobs, 0);
     if (std::exception_ptr error = std::exchange(team.error, nullptr)) {
         std::rethrow_exception(error);
     }

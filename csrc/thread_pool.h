@@ -7,7 +7,8 @@
 
 namespace goslet {
 
-// A fixed team: the calling thread and n_threads - 1 workers. Workers spin briefly between jobs and then sleep.
+// A fixed team: the calling thread and n_threads - 1 workers. Members spin for a short while, and then
+// sleep.
 //
 // Several threads may call `run` at the same time; they take turns. A pool belongs to the process that made it: in a
 // child of fork() its workers do not exist, so `run` throws there, and the destructor joins nothing.
@@ -42,8 +43,8 @@ class ThreadPool {
     std::size_t n_threads() const noexcept;
 
     // Runs `job` on every member and returns when all are done. `job` must not throw past its first sync() or claim();
-    // an exception that a member throws is given to the caller once all members have returned. Throws
-    // std::runtime_error in a child of fork().
+    // an exception that a member throws is given to the caller once all members have returned. It must not call `run`
+    // of the same pool, which would wait for itself. Throws std::runtime_error in a child of fork().
     void run(const Job& job);
 
   private:
