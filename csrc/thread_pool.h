@@ -7,8 +7,7 @@
 
 namespace goslet {
 
-// A fixed team: the calling thread and n_threads - 1 workers. Members spin for a short while, and then
-// sleep.
+// A fixed team: the calling thread and n_threads - 1 workers. They spin for a while before they sleep.
 //
 // Several threads may call `run` at the same time; they take turns. A pool belongs to the process that made it: in a
 // child of fork() its workers do not exist, so `run` throws there, and the destructor joins nothing.
