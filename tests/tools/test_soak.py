@@ -33,5 +33,8 @@ def test_a_hundred_thousand_tokens(repository: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["tokens"] == N_TOKENS
     assert report["finite"]
+    assert len(report["largest_state_by_mark"]) == 10
+    # A state that grew with the tokens would be ten times as large at the end.
+    assert report["largest_state_by_mark"][-1] < 2 * report["largest_state_by_mark"][0]
     assert report["growth_bytes"] <= GROWTH_LIMIT_BYTES
     assert report["drift"] <= DRIFT_LIMIT, report["drift_by_mark"]
