@@ -4,9 +4,9 @@
     tools/soak.py ENGINE [--tokens 100000] [--at-once 1] [--reference-tokens N] [--json]
 
 The engine runs first, alone, while its resident memory is read now and then; the state is kept at every tenth of the
-way. Then the torch step runs on the engine's own dequantized weights in float64 over the same random tokens, or the
-first N of them, and logits and states are compared at the same marks. Errors are parts of an output's own range. The
-reference takes about half a millisecond per token and layer.
+way and where the reference ends. Then the torch step runs on the engine's own dequantized weights in float64 over the
+same random tokens, or the first N of them, and logits and states are compared at the same marks. Errors are parts of an
+output's own range. The reference takes about half a millisecond per token and layer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def soak(path: Path, n_tokens: int, at_once: int, reference_tokens: int) -> dict
         tokens = np.random.default_rng(1).integers(0, spec.vocab_size, n_tokens)
         ends = [min(end + at_once, n_tokens) for end in range(0, n_tokens, at_once)]
         calls = [len(ends) * mark // N_MARKS for mark in range(1, N_MARKS + 1)]
-        marks = sorted({ends[call - 1] for call in calls if call > 0})
+        within_reference = [end for end in ends if end <= reference_tokens]
+        marks = sorted({*(ends[call - 1] for call in calls if call > 0), *within_reference[-1:]})
         session = engine.session()
         # Room for the snapshots exists before memory is watched.
         kept = [_snapshot(np.zeros(spec.vocab_size, np.float32), dict(session.state.front)) for _ in marks]
