@@ -239,16 +239,15 @@ struct ThreadPool::Team {
         const int cpu = this_cpu();
         waiter.cpu.store(cpu, std::memory_order_relaxed);
         // Members that a system woke on one CPU (a virtual machine's does, whose halted CPUs look busy to it) take
-        // turns there, and it moves one of them away only after it saw both running, which they are while one spins.
+        // turns there, and it moves one of them away only after it saw both running, which they are while one spins. If
+        // it has nowhere to move it to, they soon spin no more and hand the CPU to each other at once.
         const bool alone =
             cpu < 0 || std::none_of(
                            waiters.begin(), waiters.end(),
                            [&](const Waiter& other) {
                                return &other != &waiter && other.cpu.load(std::memory_order_relaxed) == cpu;
                            });
-        if (alone) {
-            waiter.spin = kShortestSpin;
-        }
+        waiter.spin = alone ? kShortestSpin : waiter.spin * 7 / 8;
     }
 
     void serve(std::size_t index, int cpu) noexcept;
