@@ -122,7 +122,7 @@ class _RoundedActivationOps(EagerOps):
 
 
 def _round_activations(x: Tensor, bits: int, group: int) -> Tensor:
-    largest = 2 ** (bits - 1) - 1
+    largest = (1 << (bits - 1)) - 1
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -width % group)).reshape(*x.shape[:-1], -1, group)
     scale = padded.abs().amax(-1, keepdim=True) / largest
