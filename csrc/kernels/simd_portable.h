@@ -33,11 +33,12 @@ GOSLET_INLINE F32x8 fma(F32x8 a, F32x8 b, F32x8 c) {
     return a * b + c;
 }
 
+// Unsigned, because what is made of NaN's bits may overflow.
 GOSLET_INLINE I32x8 operator+(I32x8 a, I32x8 b) {
-    return {a.low + b.low, a.high + b.high};
+    return {(Int4)((Unsigned4)a.low + (Unsigned4)b.low), (Int4)((Unsigned4)a.high + (Unsigned4)b.high)};
 }
 GOSLET_INLINE I32x8 operator-(I32x8 a, I32x8 b) {
-    return {a.low - b.low, a.high - b.high};
+    return {(Int4)((Unsigned4)a.low - (Unsigned4)b.low), (Int4)((Unsigned4)a.high - (Unsigned4)b.high)};
 }
 GOSLET_INLINE I32x8 operator&(I32x8 a, I32x8 b) {
     return {a.low & b.low, a.high & b.high};
