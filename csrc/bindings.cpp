@@ -183,7 +183,7 @@ std::pair<const std::uint8_t*, std::size_t> keep_bytes(BoundEngine& bound, const
 
 std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::vector<TensorTuple>& tensors,
                                          const std::vector<StateTuple>& state, std::size_t vocab_size,
-                                         std::size_t n_embd, std::size_t threads, bool pin, bool skip_zeros) {
+                                         std::size_t threads, bool pin, bool skip_zeros) {
     auto bound = std::make_unique<BoundEngine>();
     goslet::EngineParts parts;
     const auto [text, text_bytes] = keep_bytes(*bound, program);
@@ -208,7 +208,6 @@ std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::v
         parts.state.push_back({name, {shape, init}});
     }
     parts.vocab_size = vocab_size;
-    parts.n_embd = n_embd;
     const py::gil_scoped_release release;
     bound->engine = std::make_unique<goslet::NativeEngine>(parts, goslet::NativeOptions{threads, pin, skip_zeros});
     return bound;
@@ -255,8 +254,8 @@ void register_native_engine(py::module_& module) {
         }
     });
     py::class_<BoundEngine>(module, "NativeEngine", "An engine's program on its weights, and the threads that run it.")
-        .def(py::init(&make_engine), "program"_a, "tensors"_a, "state"_a, "vocab_size"_a, "n_embd"_a, "threads"_a,
-             "pin"_a, "skip_zeros"_a)
+        .def(py::init(&make_engine), "program"_a, "tensors"_a, "state"_a, "vocab_size"_a, "threads"_a, "pin"_a,
+             "skip_zeros"_a)
         .def("feed", &feed_engine, "sequences"_a)
         .def_property_readonly("isa", [](const BoundEngine& bound) { return bound.engine->isa(); })
         .def_property_readonly("threads", [](const BoundEngine& bound) { return bound.engine->n_threads(); })

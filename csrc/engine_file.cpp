@@ -10,7 +10,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 4, "engine file"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 5, "engine file"};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;
@@ -52,13 +52,9 @@ void need_positive(const Json& object, const std::string& key, const std::string
     }
 }
 
-struct Dimensions {
-    std::size_t vocab_size;
-    std::size_t n_embd;
-};
-
-// The whole of `model` is checked, as in Python, though only two numbers of it are needed: the rest is in the program.
-Dimensions read_model(const Json& model) {
+// The vocabulary's size. The whole of `model` is checked, as in Python, though no more of it is needed: the rest is in
+// the program.
+std::size_t read_model(const Json& model) {
     const std::string place = "model";
     const std::int64_t n_embd = need_in(model, "n_embd", 1, kMaxDimension, place);
     const std::int64_t head_size = need_in(model, "head_size", 1, n_embd, place);
@@ -78,7 +74,7 @@ Dimensions read_model(const Json& model) {
         }
     }
     const std::int64_t vocab_size = need_in(model, "vocab_size", 2, kMaxVocabSize, place);
-    return {static_cast<std::size_t>(vocab_size), static_cast<std::size_t>(n_embd)};
+    return static_cast<std::size_t>(vocab_size);
 }
 
 void check_graph_info(const Json& graph) {
@@ -253,9 +249,7 @@ void EngineFile::read_header() {
                              std::to_string(kEngineFile.version), std::to_string(container_.version()));
     }
     const Json& header = container_.header();
-    const Dimensions dimensions = read_model(header.need("model", "header"));
-    vocab_size_ = dimensions.vocab_size;
-    n_embd_ = dimensions.n_embd;
+    vocab_size_ = read_model(header.need("model", "header"));
     state_spec_ = StateSpec::from_json(header.need("state", "header"), "state");
     model_id_ = header.need("model_id", "header").text("model_id");
     if (model_id_.size() != kModelIdCharacters ||
@@ -289,7 +283,7 @@ EngineParts EngineFile::parts() const {
         throw ContainerError(Kind::kUnsupported, "the engine has no program for the native engine; export it again",
                              "section program");
     }
-    EngineParts parts{container_.section("program"), tensors_, {}, vocab_size_, n_embd_};
+    EngineParts parts{container_.section("program"), tensors_, {}, vocab_size_};
     for (const StateTensorSpec& tensor : state_spec_.tensors) {
         parts.state.push_back({tensor.name, {tensor.shape, static_cast<float>(tensor.init)}});
     }

@@ -35,7 +35,6 @@ class EngineFile {
     Container container_;
     std::string model_id_;
     std::size_t vocab_size_ = 0;
-    std::size_t n_embd_ = 0;
     StateSpec state_spec_;
     std::string tokenizer_kind_;
     std::vector<TensorView> tensors_;

@@ -61,7 +61,6 @@ struct EngineParts {
     std::vector<TensorView> tensors;
     std::vector<NamedStateTensor> state;  // without the token count
     std::size_t vocab_size;
-    std::size_t n_embd;
 };
 
 struct NativeOptions {

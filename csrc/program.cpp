@@ -1,8 +1,11 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -14,8 +17,8 @@
 namespace goslet {
 namespace {
 
-constexpr std::int64_t kVersion = 1;
-constexpr std::size_t kMaxRegisters = 256;
+constexpr std::int64_t kVersion = 2;
+constexpr std::size_t kMaxRegisters = 2048;
 constexpr std::size_t kMaxSteps = std::size_t{1} << 16;
 constexpr std::size_t kMaxRegisterSize = std::size_t{1} << 20;
 // All registers together: far more than any model's, and few enough to be allocated.
@@ -56,9 +59,8 @@ class Loader {
             throw EngineError("is of another version", "program.version", std::to_string(kVersion),
                               std::to_string(version));
         }
-        read_registers(root.need("registers", "program"));
-        program_.input = register_of(root, "input", "program", parts_.n_embd);
-        const TensorView& embedding = tensor(kEmbedding, "embedding", {parts_.vocab_size, parts_.n_embd});
+        read_registers(root.need("registers", "program"), root.need("input", "program"));
+        const TensorView& embedding = tensor(kEmbedding, "embedding", {parts_.vocab_size, program_.input.size});
         if (embedding.layout != TensorLayout::kRows) {
             throw EngineError("is not stored in rows", kEmbedding);
         }
@@ -132,13 +134,15 @@ class Loader {
                 reinterpret_cast<const std::uint16_t*>(tensor.scales)};
     }
 
-    void read_registers(const Json& json) {
+    // The registers that `input` lists lie behind each other in one, which takes the token's row of the embedding.
+    void read_registers(const Json& json, const Json& input) {
         const auto& members = json.object("program.registers");
         std::size_t total = 0;
         if (members.size() > kMaxRegisters) {
             throw EngineError("has too many registers", "program.registers", std::to_string(kMaxRegisters),
                               std::to_string(members.size()));
         }
+        std::unordered_map<std::string, std::size_t> sizes;
         for (const auto& [name, value] : members) {
             const std::string place = "program.registers." + name;
             const std::int64_t size = value.integer(place);
@@ -151,17 +155,46 @@ class Loader {
                 throw EngineError("ask for too much memory", "program.registers",
                                   "at most " + std::to_string(kMaxRegisterTotal) + " numbers", "");
             }
-            registers_.emplace(name, make_register(static_cast<std::size_t>(size), program_.needs));
+            sizes.emplace(name, static_cast<std::size_t>(size));
+        }
+        const std::vector<Json>& pieces = input.array("program.input");
+        std::vector<std::string> names;
+        std::size_t n_input = 0;
+        for (const Json& piece : pieces) {
+            const std::string& name = piece.text("program.input");
+            const auto found = sizes.find(name);
+            if (found == sizes.end() || std::find(names.begin(), names.end(), name) != names.end()) {
+                throw EngineError("is not a register, or comes twice", "program.input", "", name);
+            }
+            names.push_back(name);
+            n_input += found->second;
+        }
+        if (names.empty()) {
+            throw EngineError("has no registers", "program.input");
+        }
+        program_.input = make_register(n_input, program_.needs);
+        std::size_t start = program_.input.offset;
+        for (const std::string& name : names) {
+            const std::size_t size = sizes.at(name);
+            registers_.emplace(name, Register{size, program_.input.stride, start, names.size() == 1});
+            start += size;
+            sizes.erase(name);
+        }
+        for (const auto& [name, size] : sizes) {
+            registers_.emplace(name, make_register(size, program_.needs));
         }
     }
 
     // A register of any size.
     const Register& register_of(const Json& step, std::string_view key, const std::string& place) {
         const std::string at = place + "." + std::string(key);
-        const std::string& name = step.need(key, place).text(at);
+        return named_register(step.need(key, place).text(at), at);
+    }
+
+    const Register& named_register(const std::string& name, const std::string& place) {
         const auto found = registers_.find(name);
         if (found == registers_.end()) {
-            throw EngineError("is not a register", at, "", name);
+            throw EngineError("is not a register", place, "", name);
         }
         return found->second;
     }
@@ -209,6 +242,15 @@ class Loader {
     const float* vector_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
         const std::string at = place + "." + std::string(key);
         return vector(step.need(key, place).text(at), at, size);
+    }
+
+    // Null means none.
+    std::optional<Register> register_or_none(const Json& step, std::string_view key, const std::string& place,
+                                             std::size_t size) {
+        if (step.need(key, place).is_null()) {
+            return std::nullopt;
+        }
+        return register_of(step, key, place, size);
     }
 
     Norm norm_of(const Json& step, const std::string& place, std::size_t size) {
@@ -261,35 +303,62 @@ class Loader {
         if (op == "linear") {
             return read_linear(step, place);
         }
+        if (op == "wkv4") {
+            return read_wkv4(step, place);
+        }
+        if (op == "wkv5" || op == "wkv6") {
+            return read_wkv6(step, place, op == "wkv6");
+        }
         if (op == "wkv7") {
             return read_wkv7(step, place);
+        }
+        if (op == "token_product") {
+            return read_token_product(step, place);
         }
         if (op == "logits") {
             return read_logits(step, place);
         }
-        throw EngineError("is an op that this goslet does not know", place + ".op", "norm_shift, linear, wkv7, logits",
-                          op);
+        throw EngineError("is an op that this goslet does not know", place + ".op",
+                          "norm_shift, linear, wkv4, wkv5, wkv6, wkv7, token_product, logits", op);
     }
 
-    // x, norm, eps, shift; mixes: [{mix, out}, …]
+    // x, norm, eps, shift; mixes: [{mix, out}, …]; normed, previous: register or null
     std::unique_ptr<Step> read_norm_shift(const Json& step, const std::string& place) {
         const Register& x = register_of(step, "x", place);
         const std::size_t size = x.size;
         std::vector<NormShift::Mix> mixes;
         const std::vector<Json>& items = step.need("mixes", place).array(place + ".mixes");
+        std::vector<Register> outs;
         for (std::size_t index = 0; index < items.size(); ++index) {
             const std::string at = place + ".mixes[" + std::to_string(index) + "]";
-            const Register& out = register_of(items[index], "out", at, size);
-            if (out.offset == x.offset) {
-                throw EngineError("a mix would overwrite what is mixed", at + ".out");
-            }
-            mixes.push_back({vector_of(items[index], "mix", at, size), out});
+            outs.push_back(register_of(items[index], "out", at, size));
+            mixes.push_back({vector_of(items[index], "mix", at, size), outs.back()});
         }
+        const NormShift::Kept kept{register_or_none(step, "normed", place, size),
+                                   register_or_none(step, "previous", place, size)};
+        for (const std::optional<Register>& out : {kept.normed, kept.previous}) {
+            if (out.has_value()) {
+                outs.push_back(*out);
+            }
+        }
+        refuse_overlap(outs, {x}, place);
         return std::make_unique<NormShift>(x, norm_of(step, place, size), state_of(step, "shift", place, {size}),
-                                           std::move(mixes), program_.needs);
+                                           std::move(mixes), kept, program_.needs);
     }
 
-    // products: [{weight, x, out, bias: tensor or null, activation, add}, …]
+    // What a step writes must not be what it reads, or writes elsewhere, in another order.
+    static void refuse_overlap(const std::vector<Register>& outs, const std::vector<Register>& inputs,
+                               const std::string& place) {
+        for (std::size_t index = 0; index < outs.size(); ++index) {
+            const auto same = [&](const Register& other) { return other.offset == outs[index].offset; };
+            if (std::any_of(inputs.begin(), inputs.end(), same) ||
+                std::any_of(outs.begin() + static_cast<std::ptrdiff_t>(index) + 1, outs.end(), same)) {
+                throw EngineError("would overwrite what it reads or writes", place);
+            }
+        }
+    }
+
+    // products: [{weight, x, out, bias: tensor or null, activation, combine, operands: [register, …]}, …]
     std::unique_ptr<Step> read_linear(const Json& step, const std::string& place) {
         std::vector<Linear::Product> products;
         const std::vector<Json>& items = step.need("products", place).array(place + ".products");
@@ -298,53 +367,95 @@ class Loader {
             const std::string at = place + ".products[" + std::to_string(index) + "]";
             Linear::Product product{};
             product.x = register_of(item, "x", at);
+            if (!product.x.padded) {
+                throw EngineError("is a piece of the token, which no product can take", at + ".x");
+            }
             product.out = register_of(item, "out", at);
             product.matrix = matrix_of(item, at, product.out.size, product.x.size);
             product.bias = item.need("bias", at).is_null() ? nullptr : vector_of(item, "bias", at, product.out.size);
             product.activation = activation_of(item, at);
-            product.add = item.need("add", at).boolean(at + ".add");
+            read_combine(item, at, product);
             products.push_back(product);
         }
         if (products.empty()) {
             throw EngineError("has no products", place + ".products");
         }
-        std::size_t n_added = 0;
+        std::size_t n_sums = 0;
         for (const Linear::Product& product : products) {
-            n_added += product.add ? 1 : 0;
+            n_sums += product.needs_sum() ? 1 : 0;
             for (const Linear::Product& other : products) {
+                const bool is_other = &product != &other;
                 if (product.out.offset == other.x.offset ||
-                    (&product != &other && product.out.offset == other.out.offset)) {
+                    (is_other && (product.out.offset == other.out.offset || product.out.offset == other.a.offset ||
+                                  product.out.offset == other.b.offset))) {
                     throw EngineError("products of one step touch each other's registers", place + ".products");
                 }
             }
         }
-        if (n_added > 1) {
-            throw EngineError("only one product of a step can be added", place + ".products");
+        if (n_sums > 1) {
+            throw EngineError("only one product of a step can read what it is combined into", place + ".products");
         }
         return std::make_unique<Linear>(std::move(products), program_.needs);
+    }
+
+    void read_combine(const Json& item, const std::string& place, Linear::Product& product) {
+        struct Way {
+            const char* name;
+            Combine combine;
+            std::size_t n_operands;
+        };
+        static constexpr Way kWays[] = {{"set", Combine::kSet, 0},
+                                        {"add", Combine::kAdd, 0},
+                                        {"gate", Combine::kGate, 1},
+                                        {"gate_add", Combine::kGateAdd, 1},
+                                        {"lerp", Combine::kLerp, 2}};
+        const std::string& name = item.need("combine", place).text(place + ".combine");
+        const Way* const way =
+            std::find_if(std::begin(kWays), std::end(kWays), [&](const Way& known) { return name == known.name; });
+        if (way == std::end(kWays)) {
+            throw EngineError("is no way to combine", place + ".combine", "set, add, gate, gate_add, lerp", name);
+        }
+        const std::vector<Json>& operands = item.need("operands", place).array(place + ".operands");
+        if (operands.size() != way->n_operands) {
+            throw EngineError("has the wrong number of operands", place, std::to_string(way->n_operands),
+                              std::to_string(operands.size()));
+        }
+        product.combine = way->combine;
+        // Operands that are not there stand for a place that nothing else has.
+        product.a = product.b = Register{0, 0, std::numeric_limits<std::size_t>::max(), false};
+        Register* const places[] = {&product.a, &product.b};
+        for (std::size_t index = 0; index < operands.size(); ++index) {
+            *places[index] = named_register(operands[index].text(place + ".operands"), place + ".operands");
+            if (places[index]->size != product.out.size) {
+                throw EngineError("a register has the wrong size", place + ".operands",
+                                  std::to_string(product.out.size), std::to_string(places[index]->size));
+            }
+        }
+        if (product.combine == Combine::kLerp &&
+            (product.a.offset == product.out.offset || product.b.offset == product.out.offset)) {
+            throw EngineError("would overwrite what it reads", place + ".operands");
+        }
     }
 
     static Activation activation_of(const Json& item, const std::string& place) {
         static constexpr std::pair<const char*, Activation> kNames[] = {{"none", Activation::kNone},
                                                                         {"tanh", Activation::kTanh},
                                                                         {"sigmoid", Activation::kSigmoid},
+                                                                        {"silu", Activation::kSilu},
                                                                         {"relu_squared", Activation::kReluSquared},
-                                                                        {"decay", Activation::kDecay}};
+                                                                        {"decay", Activation::kDecay},
+                                                                        {"double_exp", Activation::kDoubleExp}};
         const std::string& name = item.need("activation", place).text(place + ".activation");
         for (const auto& [known, activation] : kNames) {
             if (name == known) {
                 return activation;
             }
         }
-        throw EngineError("is not an activation", place + ".activation", "none, tanh, sigmoid, relu_squared, decay",
-                          name);
+        throw EngineError("is not an activation", place + ".activation",
+                          "none, tanh, sigmoid, silu, relu_squared, decay, double_exp", name);
     }
 
-    // r, w, k, v, a, g, first_value, out; value_mix: register or null in layer 0; state; k_k, k_a, r_k, norm, eps
-    std::unique_ptr<Step> read_wkv7(const Json& step, const std::string& place) {
-        Wkv7::Inputs in{};
-        in.r = register_of(step, "r", place);
-        const std::size_t size = in.r.size;
+    std::size_t head_size_of(const Json& step, const std::string& place, std::size_t size) {
         const std::int64_t head_size = step.need("head_size", place).integer(place + ".head_size");
         if (head_size < 1 || head_size > static_cast<std::int64_t>(kMaxHeadSize) ||
             size % static_cast<std::size_t>(head_size) != 0) {
@@ -352,7 +463,61 @@ class Loader {
                               "a divisor of " + std::to_string(size) + " up to " + std::to_string(kMaxHeadSize),
                               std::to_string(head_size));
         }
-        const auto n = static_cast<std::size_t>(head_size);
+        return static_cast<std::size_t>(head_size);
+    }
+
+    // r, k, v, out; decay, first; aa, bb, pp
+    std::unique_ptr<Step> read_wkv4(const Json& step, const std::string& place) {
+        Wkv4::Inputs in{};
+        in.r = register_of(step, "r", place);
+        const std::size_t size = in.r.size;
+        in.k = register_of(step, "k", place, size);
+        in.v = register_of(step, "v", place, size);
+        in.out = register_of(step, "out", place, size);
+        refuse_overlap({in.out}, {in.r, in.k, in.v}, place + ".out");
+        in.decay = vector_of(step, "decay", place, size);
+        in.first = vector_of(step, "first", place, size);
+        in.aa = state_of(step, "aa", place, {size});
+        in.bb = state_of(step, "bb", place, {size});
+        in.pp = state_of(step, "pp", place, {size});
+        return std::make_unique<Wkv4>(in);
+    }
+
+    // r, k, v, out; g: register or null; w (6) or decay (5), bonus; state; norm, eps, head_size
+    std::unique_ptr<Step> read_wkv6(const Json& step, const std::string& place, bool by_token) {
+        Wkv6::Inputs in{};
+        in.r = register_of(step, "r", place);
+        const std::size_t size = in.r.size;
+        const std::size_t n = head_size_of(step, place, size);
+        in.k = register_of(step, "k", place, size);
+        in.v = register_of(step, "v", place, size);
+        in.g = register_or_none(step, "g", place, size);
+        in.out = register_of(step, "out", place, size);
+        std::vector<Register> inputs{in.r, in.k, in.v};
+        if (by_token) {
+            in.w = register_of(step, "w", place, size);
+            inputs.push_back(*in.w);
+        } else {
+            in.decay = vector_of(step, "decay", place, size);
+        }
+        if (in.g.has_value()) {
+            inputs.push_back(*in.g);
+        }
+        refuse_overlap({in.out}, inputs, place + ".out");
+        in.bonus = vector_of(step, "bonus", place, size);
+        in.norm = norm_of(step, place, size);
+        in.n_head = size / n;
+        in.head_size = n;
+        in.state = state_of(step, "state", place, {in.n_head, n, n});
+        return std::make_unique<Wkv6>(in);
+    }
+
+    // r, w, k, v, a, g, first_value, out; value_mix: register or null in layer 0; state; k_k, k_a, r_k, norm, eps
+    std::unique_ptr<Step> read_wkv7(const Json& step, const std::string& place) {
+        Wkv7::Inputs in{};
+        in.r = register_of(step, "r", place);
+        const std::size_t size = in.r.size;
+        const std::size_t n = head_size_of(step, place, size);
         in.w = register_of(step, "w", place, size);
         in.k = register_of(step, "k", place, size);
         in.v = register_of(step, "v", place, size);
@@ -362,16 +527,24 @@ class Loader {
         in.out = register_of(step, "out", place, size);
         in.is_first = step.need("value_mix", place).is_null();
         in.value_mix = in.is_first ? in.first_value : register_of(step, "value_mix", place, size);
-        for (const Register* input : {&in.r, &in.w, &in.k, &in.v, &in.a, &in.g, &in.first_value, &in.value_mix}) {
-            if (input->offset == in.out.offset) {
-                throw EngineError("would overwrite what it reads", place + ".out");
-            }
-        }
+        refuse_overlap({in.out}, {in.r, in.w, in.k, in.v, in.a, in.g, in.first_value, in.value_mix}, place + ".out");
         in.k_k = vector_of(step, "k_k", place, size);
         in.k_a = vector_of(step, "k_a", place, size);
         in.r_k = vector_of(step, "r_k", place, size);
         in.norm = norm_of(step, place, size);
-        return std::make_unique<Wkv7>(in, state_of(step, "state", place, {size / n, n, n}), size / n, n);
+        in.n_head = size / n;
+        in.head_size = n;
+        in.state = state_of(step, "state", place, {in.n_head, n, n});
+        return std::make_unique<Wkv7>(in);
+    }
+
+    // x, matrix, out
+    std::unique_ptr<Step> read_token_product(const Json& step, const std::string& place) {
+        const Register& x = register_of(step, "x", place);
+        const Register& matrix = register_of(step, "matrix", place, x.size * x.size);
+        const Register& out = register_of(step, "out", place, x.size);
+        refuse_overlap({out}, {x, matrix}, place + ".out");
+        return std::make_unique<TokenProduct>(x, matrix, out);
     }
 
     // x, norm, eps, weight

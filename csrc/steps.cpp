@@ -82,7 +82,7 @@ Activations floating_rows(std::size_t n_rows, std::size_t stride, const float* f
 
 Register make_register(std::size_t size, Needs& needs) {
     // An odd number of cache lines, so that the same numbers of many rows do not fall into few sets of a cache.
-    const Register place{size, round_up(size, 2 * kLine) + kLine, needs.floats};
+    const Register place{size, round_up(size, 2 * kLine) + kLine, needs.floats, true};
     needs.floats += place.stride * kMaxRows;
     return place;
 }
@@ -104,9 +104,28 @@ Workspace::Packed Workspace::packed_at(std::size_t row, std::size_t capacity) co
 
 // ---------------------------------------------------------------------------------------------------------- NormShift
 
-NormShift::NormShift(Register x, Norm norm, std::size_t shift_tensor, std::vector<Mix> mixes, Needs& needs)
-    : x_(x), norm_(norm), shift_tensor_(shift_tensor), mixes_(std::move(mixes)), normed_(make_register(x.size, needs)) {
+NormShift::NormShift(Register x, Norm norm, std::size_t shift_tensor, std::vector<Mix> mixes, Kept kept, Needs& needs)
+    : x_(x),
+      norm_(norm),
+      shift_tensor_(shift_tensor),
+      mixes_(std::move(mixes)),
+      kept_(kept),
+      normed_(make_register(x.size, needs)) {
     needs.thread_floats = std::max(needs.thread_floats, x.size);
+}
+
+void NormShift::write(const Pass& pass, std::size_t row, const float* h, const float* previous, std::size_t begin,
+                      std::size_t end) const {
+    const Workspace& space = pass.workspace;
+    for (const Mix& mix : mixes_) {
+        pass.kernels.lerp(h + begin, previous + begin, mix.mix + begin, end - begin, space.row(mix.out, row) + begin);
+    }
+    if (kept_.normed.has_value()) {
+        std::copy(h + begin, h + end, space.row(*kept_.normed, row) + begin);
+    }
+    if (kept_.previous.has_value()) {
+        std::copy(previous + begin, previous + end, space.row(*kept_.previous, row) + begin);
+    }
 }
 
 void NormShift::run(Pass& pass, ThreadPool::Member& member) const {
@@ -120,9 +139,7 @@ void NormShift::run(Pass& pass, ThreadPool::Member& member) const {
         const auto [begin, end] = columns_of(member, size);
         if (begin < end) {
             float* const shift = pass.spans[0].state->tensor(shift_tensor_);
-            for (const Mix& mix : mixes_) {
-                kernels.lerp(h + begin, shift + begin, mix.mix + begin, end - begin, space.row(mix.out, 0) + begin);
-            }
+            write(pass, 0, h, shift, begin, end);
             std::copy(h + begin, h + end, shift + begin);
         }
         member.sync();
@@ -149,9 +166,7 @@ void NormShift::run(Pass& pass, ThreadPool::Member& member) const {
             for (std::size_t row = first; row < last; ++row) {
                 const bool is_first = row == span.first_row;
                 const float* const previous = is_first ? shift : space.row(normed_, row - 1);
-                for (const Mix& mix : mixes_) {
-                    kernels.lerp(space.row(normed_, row), previous, mix.mix, size, space.row(mix.out, row));
-                }
+                write(pass, row, space.row(normed_, row), previous, 0, size);
                 // Only a span's first row reads the shift, so it may be replaced right behind.
                 if (is_first) {
                     const float* const newest = space.row(normed_, span.first_row + span.n_rows - 1);
@@ -173,7 +188,7 @@ Linear::Linear(std::vector<Product> products, Needs& needs) : products_(std::mov
         const Matrix& matrix = product.matrix;
         n_units_ += matrix.n_units();
         has_columns_ = has_columns_ || matrix.layout == Layout::kColumns;
-        if (product.add) {
+        if (product.needs_sum()) {
             sum_size = std::max(sum_size, product.out.size);
         }
         if (!is_integer(matrix.format)) {
@@ -274,7 +289,7 @@ void Linear::multiply(const Product& product, std::size_t input, const Pass& pas
     const Activations x = is_integer(matrix.format)
                               ? packed_input(inputs_[input], packed, pass.n_rows).rows(0, pass.n_rows)
                               : floating_rows(pass.n_rows, product.x.stride, space.row(product.x, 0));
-    const Register& target = product.add ? sum_ : product.out;
+    const Register& target = product.needs_sum() ? sum_ : product.out;
     pass.kernels.multiply(matrix, x, first_unit, end_unit, space.row(target, 0), target.stride, pass.skip_zeros);
     const std::size_t begin = first_unit * matrix.unit_outputs();
     const std::size_t n_outputs = std::min(end_unit * matrix.unit_outputs(), matrix.n_out) - begin;
@@ -284,51 +299,11 @@ void Linear::multiply(const Product& product, std::size_t input, const Pass& pas
             pass.kernels.activate(product.activation, product.bias == nullptr ? nullptr : product.bias + begin,
                                   n_outputs, y);
         }
-        if (product.add) {
-            pass.kernels.add(y, n_outputs, space.row(product.out, row) + begin);
+        if (product.combine != Combine::kSet) {
+            pass.kernels.combine(product.combine, y, space.row(product.a, row) + begin,
+                                 space.row(product.b, row) + begin, n_outputs, space.row(product.out, row) + begin);
         }
     }
-}
-
-// --------------------------------------------------------------------------------------------------------------- Wkv7
-
-Wkv7::Wkv7(Inputs inputs, std::size_t state_tensor, std::size_t n_head, std::size_t head_size)
-    : in_(inputs), state_tensor_(state_tensor), n_head_(n_head), head_size_(head_size) {}
-
-void Wkv7::run(Pass& pass, ThreadPool::Member& member) const {
-    const Workspace& space = pass.workspace;
-    const std::size_t n_units = pass.spans.size() * n_head_;
-    std::size_t begin = 0;
-    std::size_t end = 0;
-    for (member.claim(n_units, 1, begin, end); begin < end; member.claim(n_units, 1, begin, end)) {
-        for (std::size_t unit = begin; unit < end; ++unit) {
-            const Span& span = pass.spans[unit / n_head_];
-            const std::size_t head = unit % n_head_;
-            const std::size_t at = head * head_size_;
-            Wkv7Head args{};
-            args.head_size = head_size_;
-            args.k_k = in_.k_k + at;
-            args.k_a = in_.k_a + at;
-            args.r_k = in_.r_k + at;
-            args.norm_weight = in_.norm.weight + at;
-            args.norm_bias = in_.norm.bias + at;
-            args.norm_eps = in_.norm.eps;
-            args.state = span.state->tensor(state_tensor_) + at * head_size_;
-            for (std::size_t row = span.first_row; row < span.first_row + span.n_rows; ++row) {
-                args.r = space.row(in_.r, row) + at;
-                args.w = space.row(in_.w, row) + at;
-                args.k = space.row(in_.k, row) + at;
-                args.v = space.row(in_.v, row) + at;
-                args.a = space.row(in_.a, row) + at;
-                args.g = space.row(in_.g, row) + at;
-                args.value_mix = in_.is_first ? nullptr : space.row(in_.value_mix, row) + at;
-                args.first_value = space.row(in_.first_value, row) + at;
-                args.y = space.row(in_.out, row) + at;
-                pass.kernels.wkv7(args);
-            }
-        }
-    }
-    member.sync();
 }
 
 // ------------------------------------------------------------------------------------------------------------- Logits

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -39,12 +40,13 @@ class AlignedArray {
     std::unique_ptr<T, Delete> data_;
 };
 
-// A named place for kMaxRows rows of `size` numbers between steps. Rows are `stride` apart, and the numbers behind
-// `size` stay zero, as products ask for.
+// A named place for kMaxRows rows of `size` numbers between steps. Rows are `stride` apart. Where it is padded the
+// numbers behind `size` stay zero, as products ask for; a piece of the embedded token has the next piece there.
 struct Register {
     std::size_t size;
     std::size_t stride;
     std::size_t offset;  // of row 0 in the workspace's floats
+    bool padded;
 };
 
 // What steps ask of a workspace beyond registers.
@@ -125,21 +127,31 @@ struct Norm {
     float eps;
 };
 
-// h = norm(x); each output is h + (shift - h) · mix; the shift becomes the last row's h.
+// h = norm(x); each output is h + (shift - h) · mix; the shift becomes the last row's h. On request h and the shift as
+// it was before are kept in registers.
 class NormShift final : public Step {
   public:
     struct Mix {
         const float* mix;
         Register out;
     };
-    NormShift(Register x, Norm norm, std::size_t shift_tensor, std::vector<Mix> mixes, Needs& needs);
+    struct Kept {
+        std::optional<Register> normed;
+        std::optional<Register> previous;
+    };
+    NormShift(Register x, Norm norm, std::size_t shift_tensor, std::vector<Mix> mixes, Kept kept, Needs& needs);
     void run(Pass& pass, ThreadPool::Member& member) const override;
 
   private:
+    // Columns [begin, end) of one row's outputs.
+    void write(const Pass& pass, std::size_t row, const float* h, const float* previous, std::size_t begin,
+               std::size_t end) const;
+
     Register x_;
     Norm norm_;
     std::size_t shift_tensor_;
     std::vector<Mix> mixes_;
+    Kept kept_;
     Register normed_;
 };
 
@@ -152,7 +164,14 @@ class Linear final : public Step {
         Register out;
         const float* bias;  // or null
         Activation activation;
-        bool add;  // out += activation(product + bias), otherwise out = …
+        Combine combine;
+        Register a, b;  // its operands, where it takes them
+
+        // Whether y must lie elsewhere while it is combined, because out is read.
+        bool needs_sum() const {
+            return combine == Combine::kAdd || combine == Combine::kGateAdd ||
+                   (combine != Combine::kSet && a.offset == out.offset);
+        }
     };
     Linear(std::vector<Product> products, Needs& needs);
     void run(Pass& pass, ThreadPool::Member& member) const override;
@@ -174,10 +193,45 @@ class Linear final : public Step {
     std::vector<Input> inputs_;
     std::size_t n_units_ = 0;
     bool has_columns_ = false;
-    Register sum_;  // where a product lies before it is added
+    Register sum_{};  // where the one product lies that needs it
 };
 
-// RWKV-7's time mix behind the projections, head by head.
+// RWKV-4's time mix behind the projections, some channels at a time.
+class Wkv4 final : public Step {
+  public:
+    struct Inputs {
+        Register r, k, v, out;
+        const float *decay, *first;
+        std::size_t aa, bb, pp;  // tensors of the state
+    };
+    explicit Wkv4(Inputs inputs) : in_(inputs) {}
+    void run(Pass& pass, ThreadPool::Member& member) const override;
+
+  private:
+    Inputs in_;
+};
+
+// RWKV-5's and 6's, head by head.
+class Wkv6 final : public Step {
+  public:
+    struct Inputs {
+        Register r, k, v, out;
+        std::optional<Register> g;  // not in 5.0
+        std::optional<Register> w;  // in 6; in 5 `decay`
+        const float* decay;
+        const float* bonus;
+        Norm norm;
+        std::size_t state;  // tensor
+        std::size_t n_head, head_size;
+    };
+    explicit Wkv6(Inputs inputs) : in_(inputs) {}
+    void run(Pass& pass, ThreadPool::Member& member) const override;
+
+  private:
+    Inputs in_;
+};
+
+// RWKV-7's, head by head.
 class Wkv7 final : public Step {
   public:
     struct Inputs {
@@ -186,15 +240,26 @@ class Wkv7 final : public Step {
         Register value_mix;  // unused in layer 0
         const float *k_k, *k_a, *r_k;
         Norm norm;
+        std::size_t state;  // tensor
+        std::size_t n_head, head_size;
     };
-    Wkv7(Inputs inputs, std::size_t state_tensor, std::size_t n_head, std::size_t head_size);
+    explicit Wkv7(Inputs inputs) : in_(inputs) {}
     void run(Pass& pass, ThreadPool::Member& member) const override;
 
   private:
     Inputs in_;
-    std::size_t state_tensor_;
-    std::size_t n_head_;
-    std::size_t head_size_;
+};
+
+// out = x · matrix, a square matrix that came with the token.
+class TokenProduct final : public Step {
+  public:
+    TokenProduct(Register x, Register matrix, Register out) : x_(x), matrix_(matrix), out_(out) {}
+    void run(Pass& pass, ThreadPool::Member& member) const override;
+
+  private:
+    Register x_;
+    Register matrix_;
+    Register out_;
 };
 
 // The last LayerNorm and the head, for the rows whose logits are wanted.

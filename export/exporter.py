@@ -13,12 +13,12 @@ from .. import __version__
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output
-from ..spec import EMBEDDING, ModelSpec
+from ..spec import ModelSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
-from ..weights import EncodedWeight, WeightFormat, encode
+from ..weights import EncodedWeight, WeightFormat, encode_blocks
 from .checkpoint import Checkpoint, open_checkpoint
 from .graph import OPSET, check_graph, trace_step
-from .models.blocks import TensorRule
+from .models.tensors import TensorRule
 from .onnxfile import write_onnx
 from .quantize import Recipe, recipe
 
@@ -63,7 +63,7 @@ def export_engine(
     """Compile a checkpoint into an engine file, which appears whole or not at all.
 
     Args:
-        checkpoint: an RWKV-7 ``.pth`` or ``.safetensors`` file.
+        checkpoint: an RWKV ``.pth`` or ``.safetensors`` file of version 4, 5, 6, 7 or 7a.
         path: the engine file to write.
         quant: f32, f16, bf16, int8 or int4, or a recipe of one's own.
         group: weights that share a scale, 32, 64 or 128; for int8 and int4.
@@ -94,9 +94,9 @@ def export_engine(
         spec, version = source.spec, source.version
         vocabulary = _tokenizer(tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
-        formats = {rule.name: chosen.format_of(rule) for rule in source.rules if rule.name not in version.folded(spec)}
+        formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
         report_progress("tracing", 0, 1)
-        graph = trace_step(version, spec, {name: chosen for name, chosen in formats.items() if name != EMBEDDING})
+        graph = trace_step(version, spec, source.rules, formats)
         check_graph(graph)
         report_progress("tracing", 1, 1)
         report_progress("hashing", 0, 1)
@@ -166,16 +166,15 @@ def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokeni
 
 
 def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progress: Progress) -> list[TensorSource]:
-    rules = [rule for rule in source.rules if rule.name in formats]
-    done = iter(range(1, len(rules) + 1))
+    done = iter(range(1, len(source.rules) + 1))
 
     def encoded(rule: TensorRule) -> EncodedWeight:
-        tensor = source.for_engine(rule)
-        weight = encode(tensor.numpy(), formats[rule.name], rule.name)
-        report_progress("quantizing", next(done), len(rules))
+        blocks = (block.numpy() for block in source.blocks(rule))
+        weight = encode_blocks(blocks, rule.shape, formats[rule.name], rule.name)
+        report_progress("quantizing", next(done), len(source.rules))
         return weight
 
     return [
-        TensorSource(rule.name, formats[rule.name], rule.stored_shape, lambda rule=rule: encoded(rule), rule.layout)  # type: ignore[misc]
-        for rule in rules
+        TensorSource(rule.name, formats[rule.name], rule.shape, lambda rule=rule: encoded(rule), rule.layout)  # type: ignore[misc]
+        for rule in source.rules
     ]

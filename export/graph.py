@@ -16,7 +16,7 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx
@@ -28,10 +28,11 @@ from torch import Tensor
 
 from ..errors import GosletError
 from ..initializers import SCALE_SUFFIX, Initializer, weight_initializers
-from ..spec import ModelSpec, StateSpec
+from ..spec import EMBEDDING, ModelSpec, StateSpec
 from ..weights import WeightFormat
-from .layers import repeat_last_layer
-from .models.blocks import Operator, TensorRule, Version
+from .layers import named_layer, repeat_last_layer
+from .models.blocks import Operator, Version
+from .models.tensors import TensorRule
 
 OPSET = 21
 DOMAIN = "goslet"
@@ -85,23 +86,23 @@ class _TraceOps:
 class _Step(torch.nn.Module):
     """The step as a module with positional state, holding placeholders that take no memory."""
 
-    def __init__(
-        self, version: Version, spec: ModelSpec, state_spec: StateSpec, rules: Mapping[str, TensorRule]
-    ) -> None:
+    def __init__(self, version: Version, spec: ModelSpec, state_spec: StateSpec, rules: Iterable[TensorRule]) -> None:
         super().__init__()
         self._rwkv = version
         self._spec = spec
         self._state_names = [tensor.name for tensor in state_spec.tensors]
         self.tensor_names: dict[str, str] = {}
-        for name, rule in rules.items():
-            shape = rule.stored_shape[::-1] if rule.is_matrix else rule.stored_shape
+        for rule in rules:
+            shape = rule.shape[::-1]
             attribute = f"t{len(self.tensor_names)}"
             self.register_buffer(attribute, torch.zeros((1,) * len(shape)).expand(shape))
-            self.tensor_names[attribute] = name
+            self.tensor_names[attribute] = rule.name
 
-    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         ops = _TraceOps({name: getattr(self, attribute) for attribute, name in self.tensor_names.items()})
-        logits, new_state = self._rwkv.step(self._spec, ops, x, dict(zip(self._state_names, state, strict=True)))
+        n_pieces = len(self._spec.input_sizes)
+        state = dict(zip(self._state_names, inputs[n_pieces:], strict=True))
+        logits, new_state = self._rwkv.step(self._spec, ops, inputs[:n_pieces], state)
         return logits, *(new_state[name] for name in self._state_names)
 
 
@@ -126,23 +127,30 @@ def _quiet() -> Iterator[None]:
         _EXPORTER.release()
 
 
-def trace_step(version: Version, spec: ModelSpec, formats: Mapping[str, WeightFormat]) -> ModelProto:
+def trace_step(
+    version: Version, spec: ModelSpec, rules: Sequence[TensorRule], formats: Mapping[str, WeightFormat]
+) -> ModelProto:
     """The step graph of one token.
 
     Args:
         version: the RWKV version.
         spec: the model's dimensions.
-        formats: the storage format of every tensor that the step reads.
+        rules: the engine's tensors.
+        formats: the storage format of each.
 
     Returns:
-        The graph: inputs ``x`` [B, D] and ``state_in.<name>`` [B, …], outputs ``logits`` [B, V] and
-        ``state_out.<name>`` [B, …], all float32. Its initializers are external: each has its tensor's name as
-        ``location``, matrices are [in, out], scales of a quantized matrix are float32 [⌈in / group⌉, out] under the
-        name plus ``.scale``.
+        The graph: inputs ``x`` [B, sum(spec.input_sizes)], the token's row of the embedding, and ``state_in.<name>``
+        [B, …], outputs ``logits`` [B, V] and ``state_out.<name>`` [B, …], all float32. Its initializers are external:
+        each has its tensor's name as ``location``, matrices are [in, out], scales of a quantized matrix are float32
+        [⌈in / group⌉, out] under the name plus ``.scale``.
     """
-    proto = _trace_float(version, replace(spec, n_layer=min(spec.n_layer, TRACED_LAYERS)), set(formats))
+    read = [rule for rule in rules if rule.name != EMBEDDING]
+    traced_spec = replace(spec, n_layer=min(spec.n_layer, TRACED_LAYERS))
+    traced = [rule for rule in read if named_layer(rule.name, otherwise=0) < traced_spec.n_layer]
+    proto = _trace_float(version, traced_spec, traced)
     repeat_last_layer(proto.graph, TRACED_LAYERS - 1, spec.n_layer)
-    _store(proto.graph, formats)
+    _join_inputs(proto.graph, spec)
+    _store(proto.graph, {rule.name: formats[rule.name] for rule in read})
     for operator in version.OPERATORS:
         proto.functions.append(operator.function())
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:
@@ -150,26 +158,25 @@ def trace_step(version: Version, spec: ModelSpec, formats: Mapping[str, WeightFo
     return proto
 
 
-def _trace_float(version: Version, spec: ModelSpec, names: set[str]) -> ModelProto:
-    """The traced graph with every weight an external float32 initializer."""
+def _trace_float(version: Version, spec: ModelSpec, rules: Iterable[TensorRule]) -> ModelProto:
+    """The traced graph with every weight an external float32 initializer, and an input for each piece of a token."""
     state_spec = version.state_spec(spec)
-    rules = {rule.name: rule for rule in version.tensor_rules(spec) if rule.name in names}
     module = _Step(version, spec, state_spec, rules).eval()
     batch = torch.export.Dim("B")
     # 2, because torch.export takes a size of 1 for a constant.
-    x = torch.zeros(2, spec.n_embd)
+    pieces = tuple(torch.zeros(2, size) for size in spec.input_sizes)
     state = tuple(torch.zeros(2, *tensor.shape) for tensor in state_spec.tensors)
     state_names = [tensor.name for tensor in state_spec.tensors]
     with _quiet(), _own_errors():
         program = torch.onnx.export(
             module,
-            (x, *state),
+            (*pieces, *state),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
-            dynamic_shapes={"x": {0: batch}, "state": tuple({0: batch} for _ in state)},
-            input_names=["x", *(f"state_in.{name}" for name in state_names)],
+            dynamic_shapes={"inputs": tuple({0: batch} for _ in (*pieces, *state))},
+            input_names=[*_piece_names(spec), *(f"state_in.{name}" for name in state_names)],
             output_names=["logits", *(f"state_out.{name}" for name in state_names)],
         )
         assert program is not None
@@ -180,7 +187,7 @@ def _trace_float(version: Version, spec: ModelSpec, names: set[str]) -> ModelPro
         ir_passes.ClearMetadataAndDocStringPass()(model)
     model.producer_name = "goslet"
     model.producer_version = None
-    model.graph.name = f"rwkv{version.NAME}_step"
+    model.graph.name = f"rwkv{spec.version}_step"
     proto = ir.serde.serialize_model(model)
     for values in (proto.graph.input, proto.graph.output, proto.graph.value_info, proto.graph.initializer):
         for value in values:
@@ -191,6 +198,29 @@ def _trace_float(version: Version, spec: ModelSpec, names: set[str]) -> ModelPro
         if node.op_type == "Shape" and node.input[0] in inputs:
             node.input[0] = "x"
     return proto
+
+
+def _piece_names(spec: ModelSpec) -> list[str]:
+    """The traced graph's inputs for a token: the embedded token, and what belongs to each layer."""
+    return ["x", *(f"x.{layer}.piece" for layer in range(len(spec.input_sizes) - 1))]
+
+
+def _join_inputs(graph: GraphProto, spec: ModelSpec) -> None:
+    """Take all pieces of a token from one input ``x``."""
+    names = _piece_names(spec)
+    if len(names) == 1:
+        return
+    inputs = {value.name: value for value in graph.input}
+    embedded = "x.embedded"
+    for node in graph.node:
+        node.input[:] = [embedded if name == "x" else name for name in node.input]
+    for name in names[1:]:
+        graph.input.remove(inputs[name])
+    inputs["x"].type.tensor_type.shape.dim[1].dim_value = sum(spec.input_sizes)
+    sizes = helper.make_node("Constant", [], ["x.sizes"], value_ints=spec.input_sizes, name="x.sizes")
+    split = helper.make_node("Split", ["x", "x.sizes"], [embedded, *names[1:]], axis=1, name="x.split")
+    graph.node.insert(0, sizes)
+    graph.node.insert(1, split)
 
 
 def _externalize(model: ir.Model, names: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
 
 from ..errors import GosletError
 
-_OF_LAYER = re.compile(r"(blocks|state_in|state_out)\.(\d+)\.")
+_OF_LAYER = re.compile(r"(blocks|state_in|state_out|x)\.(\d+)\.")
 _SHARED = -1
 _TAIL = 1 << 30
 
@@ -48,8 +48,8 @@ def repeat_last_layer(graph: GraphProto, pattern: int, n_layer: int) -> None:
 class _Repeater:
     def __init__(self, graph: GraphProto, pattern: int) -> None:
         self._pattern = pattern
-        self._layers: dict[str, int] = {value.name: _named_layer(value.name, _SHARED) for value in graph.input}
-        self._layers |= {value.name: _named_layer(value.name, _TAIL) for value in graph.initializer}
+        self._layers: dict[str, int] = {value.name: named_layer(value.name, _SHARED) for value in graph.input}
+        self._layers |= {value.name: named_layer(value.name, _TAIL) for value in graph.initializer}
         for node in graph.node:
             layer = max((self._layers[name] for name in node.input if name), default=_SHARED)
             self._layers |= dict.fromkeys(node.output, layer)
@@ -117,7 +117,8 @@ class _Repeater:
         return copy
 
 
-def _named_layer(name: str, otherwise: int) -> int:
+def named_layer(name: str, otherwise: int) -> int:
+    """The layer that a tensor, an input or an output is named after; `otherwise` for one that belongs to none."""
     match = _OF_LAYER.match(name)
     return int(match[2]) if match else otherwise
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import QuantizationError
 from ..weights import FORMAT_NAMES, GROUPS, WeightFormat
-from .models.blocks import Kind, TensorRule
+from .models.tensors import Kind, TensorRule
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
 from ..weights import INTEGER_RANGES, WeightFormat, decode
 from .checkpoint import Checkpoint, open_checkpoint
-from .models.blocks import EagerOps, Ops, Version
+from .models.blocks import EagerOps, Version, token_pieces
 
 FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
@@ -174,27 +174,24 @@ def verify_engine(
         found = _run_session(opened.session(), tokens)
         report_progress("stepping", 1, 5)
         own = {name: torch.from_numpy(decode(file.weight(name))) for name in file.tensors}
-        expected = _run_torch(version, spec, EagerOps(own), own[EMBEDDING], tokens)
+        expected = _run_torch(version, spec, EagerOps(own), tokens)
         report_progress("stepping", 2, 5)
         rounding = {name: opened.backend.activation_rounding(entry.format) for name, entry in file.tensors.items()}
-        rounded = _run_torch(version, spec, _RoundedActivationOps(own, rounding), own[EMBEDDING], tokens)
+        rounded = _run_torch(version, spec, _RoundedActivationOps(own, rounding), tokens)
         del own
         report_progress("stepping", 3, 5)
         graph = _run_session(Engine(file, OrtBackend(file, threads, exact=True), None).session(), tokens)
         checks += _step_checks("graph", graph, expected, expected)
         checks += _step_checks(opened.backend_name, found, expected, rounded)
         report_progress("stepping", 4, 5)
-        weights = source.weights()
-        folded = version.fold_embedding(weights, spec)
-        original = _run_torch(version, spec, EagerOps(weights), folded, tokens)
+        original = _run_torch(version, spec, EagerOps(source.weights()), tokens)
         report_progress("stepping", 5, 5)
         divergence = _divergence(found["logits"], original["logits"], tokens)
         return VerifyReport(opened.backend_name, len(tokens), is_text, differences, tuple(checks), divergence)
 
 
 def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
-    folded = source.version.folded(source.spec)
-    shapes = {rule.name: rule.stored_shape for rule in source.rules if rule.name not in folded}
+    shapes = {rule.name: rule.shape for rule in source.rules}
     same = {
         "dimensions": source.spec == file.spec,
         "state": source.version.state_spec(source.spec) == file.state_spec,
@@ -215,9 +212,7 @@ def _weight_checks(file: EngineFile, source: Checkpoint) -> list[Check]:
     """For each format that occurs, its worst tensor against the format's limit."""
     worst: dict[str, Check] = {}
     for rule in source.rules:
-        if rule.name not in file.tensors:
-            continue
-        original = source.for_engine(rule)
+        original = source.tensor(rule)
         stored = file.weight(rule.name)
         error = float((torch.from_numpy(decode(stored)) - original).norm() / (original.norm() or 1.0))
         _keep_worst(worst, Check(f"weights {stored.format}", error, weight_limit(stored.format)))
@@ -243,12 +238,14 @@ def _run_session(session: Session, tokens: Sequence[int]) -> dict[str, NDArray[n
 
 @torch.no_grad()
 def _run_torch(
-    version: Version, spec: ModelSpec, ops: Ops, embedding: Tensor, tokens: Sequence[int]
+    version: Version, spec: ModelSpec, ops: EagerOps, tokens: Sequence[int]
 ) -> dict[str, NDArray[np.float32]]:
     state = {tensor.name: torch.full((1, *tensor.shape), tensor.init) for tensor in version.state_spec(spec).tensors}
     rows = []
+    embedding = ops.weights[EMBEDDING]
     for token in tokens:
-        logits, state = version.step(spec, ops, embedding[token : token + 1], state)
+        pieces = token_pieces(embedding[token : token + 1], spec)
+        logits, state = version.step(spec, ops, pieces, state)
         rows.append(logits)
     return {"logits": torch.cat(rows).numpy(), **{name: tensor[0].numpy() for name, tensor in state.items()}}
 

@@ -98,7 +98,6 @@ class NativeEngine:
         ],
         state: Sequence[tuple[str, Sequence[int], float]],
         vocab_size: int,
-        n_embd: int,
         threads: int,
         pin: bool,
         skip_zeros: bool,
@@ -110,7 +109,6 @@ class NativeEngine:
             tensors: name, format, layout, group (0 for the floating formats), shape, data, and scales or None.
             state: name, shape and initial value of each of the state's tensors, without the token count.
             vocab_size: tokens are below this; the logits' length.
-            n_embd: the length of an embedded token.
             threads: threads that compute, the caller's included, 1 to 1024.
             pin: bind each of the others to a CPU of its own.
             skip_zeros: leave weights of activations that are zero unread.

@@ -33,7 +33,7 @@ from .spec import ModelSpec, StateSpec
 from .weights import EncodedWeight, WeightFormat
 
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 ENGINE_KIND = "engine file"
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"

@@ -59,15 +59,16 @@ class ModelSpec:
     """The dimensions and constants of one model.
 
     Attributes:
-        version: the RWKV version, for example ``"7"``.
+        version: the RWKV version: ``"4"``, ``"5.0"``, ``"5.1"``, ``"5.2"``, ``"6"``, ``"7"`` or ``"7a"``.
         n_layer: blocks.
         n_embd: width D of the residual stream.
         n_ffn: width of the channel mix's hidden layer.
-        head_size: N, numbers in a head of the time mix.
+        head_size: N, numbers in a head of the time mix; 1 in RWKV-4, where every channel goes its own way.
         vocab_size: V, rows of the embedding and of the head.
-        norm_eps: eps of the per-head group norm after the time mix.
+        norm_eps: eps of the per-head group norm after the time mix; RWKV-4 has none.
         layer_norm_eps: eps of every LayerNorm.
-        ranks: rank of each LoRA by its letter, for RWKV-7 ``w``, ``a``, ``v`` (absent with one layer) and ``g``.
+        ranks: rank of each LoRA: none before RWKV-6; ``mix`` and ``decay`` in 6; ``w``, ``a``, ``v`` (absent with one
+            layer) and ``g`` in 7, and in 7a ``s``, whose square is the size of a token's matrix in every layer.
     """
 
     version: str
@@ -90,6 +91,11 @@ class ModelSpec:
     def n_head(self) -> int:
         """Heads H of the time mix, D / N."""
         return self.n_embd // self.head_size
+
+    @property
+    def input_sizes(self) -> tuple[int, ...]:
+        """What a token's row of the embedding is made of: the embedded token and, in 7a, a matrix for every layer."""
+        return (self.n_embd, *([self.ranks["s"] ** 2] * self.n_layer if "s" in self.ranks else []))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads back to an equal spec."""

@@ -15,7 +15,7 @@ float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,30 +215,73 @@ def encode(array: npt.NDArray[Any], fmt: WeightFormat, name: str) -> EncodedWeig
         QuantizationError: the format cannot hold the shape.
         InputError: `array` is not float32.
     """
+    _check_float32(array, name)
+    fmt.check_shape(array.shape, name)
+    if fmt.name == "f32":
+        matrix = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
+        for rows in _row_blocks(*matrix.shape):
+            _refuse(~np.isfinite(matrix[rows]), matrix[rows], rows.start, array.shape, name, "is not finite")
+        return EncodedWeight(fmt, array.shape, matrix.view(np.uint8).reshape(*array.shape[:-1], -1), None)
+    return encode_blocks([array], array.shape, fmt, name)
+
+
+def encode_blocks(
+    blocks: Iterable[npt.NDArray[Any]], shape: Sequence[int], fmt: WeightFormat, name: str
+) -> EncodedWeight:
+    """As `encode`, for a tensor that comes in pieces of its first axis, so that it is never whole in float32.
+
+    Args:
+        blocks: float32, one behind the other along the first axis, of `shape` otherwise.
+        shape: the tensor's.
+        fmt: the format.
+        name: the tensor's name, for errors.
+
+    Raises:
+        TensorValueError, QuantizationError: as `encode`.
+        InputError: a block is not float32, or they do not make up `shape`.
+    """
+    shape = tuple(shape)
+    fmt.check_shape(shape, name)
+    k = shape[-1]
+    n_rows = math.prod(shape[:-1])
+    data = np.empty((n_rows, fmt.row_size_bytes(k)), np.uint8)
+    scales = np.empty((n_rows, fmt.groups(k)), np.float16) if fmt.is_integer else None
+    end = 0
+    for block in blocks:
+        _check_float32(block, name)
+        matrix = block.reshape(-1, k) if block.shape[1:] == shape[1:] else block.reshape(0, k)
+        start, end = end, end + matrix.shape[0]
+        if matrix.shape[0] == 0 or end > n_rows:
+            raise InputError("a block does not fit", place=name, expected=list(shape), found=list(block.shape))
+        for part in _row_blocks(matrix.shape[0], k):
+            rows = slice(start + part.start, start + part.stop)
+            if scales is not None:
+                values, scales[rows] = _quantize(matrix[part], rows.start, shape, fmt, name)
+                data[rows] = _pack(values, fmt)
+            else:
+                data[rows] = _narrow(matrix[part], rows.start, shape, fmt, name)
+    if end != n_rows:
+        raise InputError("blocks are missing", place=name, expected=n_rows, found=end)
+    return EncodedWeight(fmt, shape, data.reshape(*shape[:-1], -1), scales)
+
+
+def _check_float32(array: Any, name: str) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise InputError("is not an array of float32", place=name, found=found, remedy="convert it first")
-    fmt.check_shape(array.shape, name)
-    k = array.shape[-1]
-    if fmt.is_integer:
-        data = np.empty((array.shape[0], fmt.row_size_bytes(k)), np.uint8)
-        scales = np.empty((array.shape[0], fmt.groups(k)), np.float16)
-        for rows in _row_blocks(array.shape[0], k):
-            values, scales[rows] = _quantize(array, rows, fmt, name)
-            data[rows] = _pack(values, fmt)
-        return EncodedWeight(fmt, array.shape, data, scales)
-    matrix = np.ascontiguousarray(array).reshape(-1, k)
-    stored = matrix if fmt.name == "f32" else np.empty(matrix.shape, np.uint16)
-    for rows in _row_blocks(matrix.shape[0], k):
-        block = matrix[rows]
-        _refuse(~np.isfinite(block), matrix, rows.start, array.shape, name, "is not finite")
-        if fmt.name == "f32":
-            continue
-        narrow = _to_f16(block) if fmt.name == "f16" else _to_bf16(block)
-        exponent = 0x7C00 if fmt.name == "f16" else 0x7F80
-        _refuse((narrow & exponent) == exponent, matrix, rows.start, array.shape, name, f"is too large for {fmt}")
-        stored[rows] = narrow
-    return EncodedWeight(fmt, array.shape, stored.view(np.uint8).reshape(*array.shape[:-1], -1), None)
+
+
+def _narrow(block: Float32Array, first_row: int, shape: tuple[int, ...], fmt: WeightFormat, name: str) -> ByteArray:
+    """Rows of a floating format as bytes."""
+    _refuse(~np.isfinite(block), block, first_row, shape, name, "is not finite")
+    block = np.ascontiguousarray(block)
+    if fmt.name == "f32":
+        return block.view(np.uint8)
+    narrow = _to_f16(block) if fmt.name == "f16" else _to_bf16(block)
+    exponent = 0x7C00 if fmt.name == "f16" else 0x7F80
+    _refuse((narrow & exponent) == exponent, block, first_row, shape, name, f"is too large for {fmt}")
+    stored: ByteArray = narrow.view(np.uint8)
+    return stored
 
 
 def encode_values(values: Int8Array, scales: Float16Array, fmt: WeightFormat) -> EncodedWeight:
@@ -270,20 +313,20 @@ def encode_values(values: Int8Array, scales: Float16Array, fmt: WeightFormat) ->
 
 def _refuse(
     bad: npt.NDArray[np.bool_],
-    matrix: Float32Array,
+    block: Float32Array,
     first_row: int,
     shape: tuple[int, ...],
     name: str,
     problem: str,
 ) -> None:
-    """Raise for the first number marked in `bad`, rows of `matrix` from `first_row`; `shape` is the tensor's own."""
+    """Raise for the first number marked in `bad`; `block` is the rows from `first_row` on of a tensor of `shape`."""
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
-        index = np.unravel_index((first_row + row) * matrix.shape[1] + column, shape)
+        index = np.unravel_index((first_row + row) * block.shape[1] + column, shape)
         raise TensorValueError(
             f"a number {problem}",
             place=f"{name}{[int(i) for i in index]}",
-            found=float(matrix[first_row + row, column]),
+            found=float(block[row, column]),
             remedy="the checkpoint is damaged, or its training diverged",
         )
 
@@ -301,23 +344,25 @@ def _to_bf16(block: Float32Array) -> npt.NDArray[np.uint16]:
     return narrow
 
 
-def _quantize(matrix: Float32Array, rows: slice, fmt: WeightFormat, name: str) -> tuple[Int8Array, Float16Array]:
-    """Values int8 [R, K] and scales [R, groups] of some rows of a matrix."""
-    n_rows, k = matrix[rows].shape
+def _quantize(
+    block: Float32Array, first_row: int, shape: tuple[int, ...], fmt: WeightFormat, name: str
+) -> tuple[Int8Array, Float16Array]:
+    """Values int8 [R, K] and scales [R, groups] of some rows of a matrix of `shape`, from `first_row` on."""
+    n_rows, k = block.shape
     groups = fmt.groups(k)
     padded = np.zeros((n_rows, groups * fmt.group_size), np.float32)
-    padded[:, :k] = matrix[rows]
+    padded[:, :k] = block
     # Groups side by side, so that one scale per group broadcasts along a long contiguous axis.
     w = np.ascontiguousarray(padded.reshape(n_rows * groups, fmt.group_size).T)
     amax: Float32Array = np.maximum(w.max(axis=0), -w.min(axis=0))
     if not np.isfinite(amax).all():
-        _refuse(~np.isfinite(matrix[rows]), matrix, rows.start, matrix.shape, name, "is not finite")
+        _refuse(~np.isfinite(block), block, first_row, shape, name, "is not finite")
     plain = _round_scales(amax / np.float32(127 if fmt.name == "int8" else 7))
     if np.isinf(plain).any():
         row, group = divmod(int(np.argmax(amax)), groups)
         raise TensorValueError(
             f"a number is too large for {fmt}, whose scales are fp16",
-            place=f"{name}[{rows.start + row}, group {group}]",
+            place=f"{name}[{first_row + row}, group {group}]",
             found=f"a largest magnitude of {amax.max()}",
             remedy="store it as f32 or bf16",
         )

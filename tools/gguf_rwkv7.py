@@ -73,21 +73,23 @@ def _tensors(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Names in llama.cpp's form and float32 tensors, matrices [out, in], one at a time."""
     import torch
 
-    rules = {rule.name: rule for rule in source.rules}
-    for name, rule in rules.items():
+    for name, wanted in source.sources.items():
         part = name.rpartition(".")[2]
         if ".att.x_" in name:
             # The six mixing vectors of a layer are one tensor there, which stands where the first of them is met.
             if part == f"x_{MIX_ORDER[0]}":
                 block = name.removesuffix(part)
-                mixes = [source.stored(rules[f"{block}x_{letter}"]).reshape(1, 1, -1) for letter in MIX_ORDER]
+                mixes = [source.source(source.sources[f"{block}x_{letter}"]).reshape(1, 1, -1) for letter in MIX_ORDER]
                 yield (
                     f"{block.replace('blocks', 'blk').removesuffix('att.')}time_mix_lerp_fused.weight",
                     torch.stack(mixes),
                 )
             continue
-        tensor = source.stored(rule)
-        tensor = tensor if rule.is_matrix or name == EMBEDDING else tensor.flatten()
+        tensor = source.source(wanted)
+        if name.startswith("blocks.") and part[:1] in "wavg" and part[1:] in ("1", "2"):
+            tensor = tensor.T  # stored as [in, out]
+        elif part == "r_k":
+            tensor = tensor.flatten()
         yield gguf_name(name), tensor
         if name.startswith("blocks.0.att.a"):
             yield gguf_name(name.replace("att.a", "att.v")), tensor

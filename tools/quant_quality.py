@@ -25,7 +25,8 @@ from torch import Tensor
 
 from goslet.export import Recipe, recipe
 from goslet.export.checkpoint import Checkpoint, open_checkpoint
-from goslet.export.models.blocks import EagerOps, Kind
+from goslet.export.models.blocks import EagerOps
+from goslet.export.models.tensors import Kind
 from goslet.spec import EMBEDDING
 from goslet.tokenizer import tokenizer_from_file
 from goslet.weights import WeightFormat, decode, encode
@@ -54,17 +55,13 @@ def recipes() -> Iterator[Recipe]:
 
 def dequantized(source: Checkpoint, chosen: Recipe) -> tuple[dict[str, Tensor], float]:
     """The weights that a step reads, after a round trip through their formats, and bits per weight."""
-    folded = source.version.folded(source.spec)
     weights = source.weights()
-    weights[EMBEDDING] = source.version.fold_embedding(weights, source.spec)
     result, size_bytes, count = {}, 0, 0
     for rule in source.rules:
-        if rule.name in folded:
-            continue
         stored = encode(weights[rule.name].numpy(), chosen.format_of(rule), rule.name)
         result[rule.name] = torch.from_numpy(decode(stored))
         size_bytes += stored.size_bytes
-        count += math.prod(rule.stored_shape)
+        count += math.prod(rule.shape)
     return result, 8 * size_bytes / count
 
 
@@ -76,7 +73,7 @@ def score(source: Checkpoint, weights: dict[str, Tensor], lanes: Tensor) -> floa
     ops = EagerOps(weights)
     nats = 0.0
     for position in range(lanes.shape[1] - 1):
-        logits, state = version.step(spec, ops, weights[EMBEDDING][lanes[:, position]], state)
+        logits, state = version.step(spec, ops, (weights[EMBEDDING][lanes[:, position]],), state)
         nats += float(torch.nn.functional.cross_entropy(logits, lanes[:, position + 1], reduction="sum"))
     return nats / math.log(2)
 

@@ -22,7 +22,7 @@ import torch
 
 import goslet
 from goslet.export.models import version_named
-from goslet.export.models.blocks import EagerOps
+from goslet.export.models.blocks import EagerOps, token_pieces
 from goslet.spec import EMBEDDING
 from goslet.weights import decode
 
@@ -78,7 +78,8 @@ def soak(path: Path, n_tokens: int, at_once: int, reference_tokens: int) -> dict
         state = {t.name: torch.full((1, *t.shape), t.init, dtype=torch.float64) for t in engine.state_spec.tensors}
         drift = []
         for index, token in enumerate(tokens[:reference_tokens]):
-            row, state = version.step(spec, ops, weights[EMBEDDING][token : token + 1], state)
+            pieces = token_pieces(weights[EMBEDDING][token : token + 1], spec)
+            row, state = version.step(spec, ops, pieces, state)
             if index + 1 in marks:
                 found = kept[marks.index(index + 1)]
                 expected = {"logits": row[0].numpy(), **{name: value[0].numpy() for name, value in state.items()}}

@@ -1,6 +1,5 @@
-// Layer norm, token shift, activations and RWKV-7's recurrence, over the eight lanes of simd.h. Included by
-// kernels_*.cpp after one of the simd_*.h. No lambdas: Clang does not compile them for the instruction set of the file
-// around them.
+// Layer norm, token shift and activations, over the eight lanes of simd.h. Included by kernels_*.cpp after one of the
+// simd_*.h. No lambdas: Clang does not compile them for the instruction set of the file around them.
 
 namespace goslet {
 namespace {
@@ -60,17 +59,27 @@ GOSLET_INLINE F32x8 tanh(F32x8 x) {
     return less_one / (less_one + broadcast(2.0f));
 }
 
+// exp(-exp(x)). Beyond an inner exponential of 87 the result is that of 87: 1.6e-38.
+GOSLET_INLINE F32x8 double_exp(F32x8 x) {
+    const F32x8 inner = exp_within_range(clamp(x, -87.0f, 87.0f));
+    return exp_within_range(clamp(zero() - inner, -87.0f, 0.0f));
+}
+
 template <Activation kActivation>
 GOSLET_INLINE F32x8 activated(F32x8 x) {
     if constexpr (kActivation == Activation::kTanh) {
         return tanh(x);
     } else if constexpr (kActivation == Activation::kSigmoid) {
         return sigmoid(x);
+    } else if constexpr (kActivation == Activation::kSilu) {
+        return x * sigmoid(x);
     } else if constexpr (kActivation == Activation::kReluSquared) {
         const F32x8 positive = max(zero(), x);
         return positive * positive;
     } else if constexpr (kActivation == Activation::kDecay) {
         return exp_within_range(broadcast(-0.60653066f) * sigmoid(x));  // -exp(-1/2)
+    } else if constexpr (kActivation == Activation::kDoubleExp) {
+        return double_exp(x);
     } else {
         return x;
     }
@@ -98,20 +107,63 @@ inline void activate(Activation activation, const float* bias, std::size_t n, fl
             return activate_all<Activation::kTanh>(bias, n, y);
         case Activation::kSigmoid:
             return activate_all<Activation::kSigmoid>(bias, n, y);
+        case Activation::kSilu:
+            return activate_all<Activation::kSilu>(bias, n, y);
         case Activation::kReluSquared:
             return activate_all<Activation::kReluSquared>(bias, n, y);
         case Activation::kDecay:
             return activate_all<Activation::kDecay>(bias, n, y);
+        case Activation::kDoubleExp:
+            return activate_all<Activation::kDoubleExp>(bias, n, y);
     }
 }
 
-inline void add(const float* y, std::size_t n, float* out) {
-    std::size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        store(out + i, load(out + i) + load(y + i));
+GOSLET_INLINE F32x8 load_up_to_8(const float* x, std::size_t n) {
+    return n == 8 ? load(x) : load_partial(x, n);
+}
+
+template <Combine kHow>
+inline void combine_all(const float* y, const float* a, const float* b, std::size_t n, float* out) {
+    for (std::size_t i = 0; i < n; i += 8) {
+        const std::size_t count = n - i < 8 ? n - i : 8;
+        F32x8 result = load_up_to_8(y + i, count);
+        if constexpr (kHow == Combine::kAdd) {
+            result = load_up_to_8(out + i, count) + result;
+        } else if constexpr (kHow == Combine::kGate) {
+            result = result * load_up_to_8(a + i, count);
+        } else if constexpr (kHow == Combine::kGateAdd) {
+            result = fma(result, load_up_to_8(a + i, count), load_up_to_8(out + i, count));
+        } else if constexpr (kHow == Combine::kLerp) {
+            const F32x8 from = load_up_to_8(a + i, count);
+            result = fma(load_up_to_8(b + i, count) - from, result, from);
+        }
+        store_partial(out + i, result, count);
     }
-    for (; i < n; ++i) {
-        out[i] += y[i];
+}
+
+inline void combine(Combine how, const float* y, const float* a, const float* b, std::size_t n, float* out) {
+    switch (how) {
+        case Combine::kSet:
+            return combine_all<Combine::kSet>(y, a, b, n, out);
+        case Combine::kAdd:
+            return combine_all<Combine::kAdd>(y, a, b, n, out);
+        case Combine::kGate:
+            return combine_all<Combine::kGate>(y, a, b, n, out);
+        case Combine::kGateAdd:
+            return combine_all<Combine::kGateAdd>(y, a, b, n, out);
+        case Combine::kLerp:
+            return combine_all<Combine::kLerp>(y, a, b, n, out);
+    }
+}
+
+inline void small_product(const float* x, const float* matrix, std::size_t n, float* out) {
+    for (std::size_t j = 0; j < n; j += 8) {
+        const std::size_t count = n - j < 8 ? n - j : 8;
+        F32x8 sums = zero();
+        for (std::size_t i = 0; i < n; ++i) {
+            sums = fma(broadcast(x[i]), load_up_to_8(matrix + i * n + j, count), sums);
+        }
+        store_partial(out + j, sums, count);
     }
 }
 
@@ -191,131 +243,6 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
         const std::size_t count = n - i;
         const F32x8 normed = (load_partial(x + i, count) - mean) * scale;
         store_partial(out + i, fma(normed, load_partial(weight + i, count), load_partial(bias + i, count)), count);
-    }
-}
-
-// What every row of the state meets, in whole vectors: past the head's size all are zero.
-struct WkvTerms {
-    alignas(32) float r[kMaxHeadSize];
-    alignas(32) float w[kMaxHeadSize];
-    alignas(32) float k[kMaxHeadSize];
-    alignas(32) float kappa[kMaxHeadSize];
-    alignas(32) float kappa_a[kMaxHeadSize];
-    alignas(32) float v[kMaxHeadSize];
-};
-
-// The next state's vector at j, and its part of the row's product with r.
-GOSLET_INLINE F32x8 next_state(const WkvTerms& terms, std::size_t j, F32x8 state, F32x8 minus_removed, F32x8 value) {
-    const F32x8 kept = fma(minus_removed, load(terms.kappa_a + j), state * load(terms.w + j));
-    return fma(value, load(terms.k + j), kept);
-}
-
-// One row of a state of 8 · kVectors keys, which stays in registers between its two uses. Returns its product with r.
-template <std::size_t kVectors>
-inline float wkv7_row(const WkvTerms& terms, float value, float* row) {
-    F32x8 state[kVectors];
-    F32x8 removed[2] = {zero(), zero()};
-#pragma GCC unroll 8
-    for (std::size_t part = 0; part < kVectors; ++part) {
-        state[part] = load(row + 8 * part);
-        removed[part % 2] = fma(state[part], load(terms.kappa + 8 * part), removed[part % 2]);
-    }
-    const F32x8 minus_removed = broadcast(-sum(removed[0] + removed[1]));
-    const F32x8 values = broadcast(value);
-    F32x8 y[2] = {zero(), zero()};
-#pragma GCC unroll 8
-    for (std::size_t part = 0; part < kVectors; ++part) {
-        const F32x8 next = next_state(terms, 8 * part, state[part], minus_removed, values);
-        store(row + 8 * part, next);
-        y[part % 2] = fma(next, load(terms.r + 8 * part), y[part % 2]);
-    }
-    return sum(y[0] + y[1]);
-}
-
-// The same for any number of keys.
-inline float wkv7_any_row(const WkvTerms& terms, float value, std::size_t n, float* row) {
-    const std::size_t whole = n / 8 * 8;
-    F32x8 removed = zero();
-    for (std::size_t j = 0; j < whole; j += 8) {
-        removed = fma(load(row + j), load(terms.kappa + j), removed);
-    }
-    F32x8 last = zero();
-    if (whole < n) {
-        last = load_partial(row + whole, n - whole);
-        removed = fma(last, load(terms.kappa + whole), removed);
-    }
-    const F32x8 minus_removed = broadcast(-sum(removed));
-    const F32x8 values = broadcast(value);
-    F32x8 y = zero();
-    for (std::size_t j = 0; j < whole; j += 8) {
-        const F32x8 next = next_state(terms, j, load(row + j), minus_removed, values);
-        store(row + j, next);
-        y = fma(next, load(terms.r + j), y);
-    }
-    if (whole < n) {
-        const F32x8 next = next_state(terms, whole, last, minus_removed, values);
-        store_partial(row + whole, next, n - whole);
-        y = fma(next, load(terms.r + whole), y);
-    }
-    return sum(y);
-}
-
-GOSLET_INLINE F32x8 load_up_to_8(const float* x, std::size_t n) {
-    return n == 8 ? load(x) : load_partial(x, n);
-}
-
-inline void wkv7(const Wkv7Head& head) {
-    const std::size_t n = head.head_size;
-    WkvTerms terms;
-    const F32x8 one = broadcast(1.0f);
-    F32x8 squares = zero();
-    F32x8 bonuses = zero();
-    for (std::size_t j = 0; j < n; j += 8) {
-        const std::size_t count = n - j < 8 ? n - j : 8;
-        F32x8 v = load_up_to_8(head.v + j, count);
-        if (head.value_mix == nullptr) {
-            std::memcpy(head.first_value + j, head.v + j, count * sizeof(float));
-        } else {
-            v = fma(load_up_to_8(head.first_value + j, count) - v, load_up_to_8(head.value_mix + j, count), v);
-        }
-        const F32x8 a = load_up_to_8(head.a + j, count);
-        const F32x8 r = load_up_to_8(head.r + j, count);
-        const F32x8 key = load_up_to_8(head.k + j, count);
-        const F32x8 kappa = key * load_up_to_8(head.k_k + j, count);
-        const F32x8 k = key * fma(a - one, load_up_to_8(head.k_a + j, count), one);
-        squares = fma(kappa, kappa, squares);
-        bonuses = fma(r * k, load_up_to_8(head.r_k + j, count), bonuses);
-        store(terms.r + j, r);
-        store(terms.w + j, load_up_to_8(head.w + j, count));
-        store(terms.k + j, k);
-        store(terms.kappa + j, kappa);
-        store(terms.kappa_a + j, a);
-        store(terms.v + j, v);
-    }
-    const float norm = std::sqrt(sum(squares));
-    const F32x8 inverse_norm = broadcast(1.0f / (norm < 1e-12f ? 1e-12f : norm));  // NaN stays
-    for (std::size_t j = 0; j < n; j += 8) {
-        const F32x8 kappa = load(terms.kappa + j) * inverse_norm;
-        store(terms.kappa + j, kappa);
-        store(terms.kappa_a + j, kappa * load(terms.kappa_a + j));
-    }
-
-    if (n == 64) {
-        for (std::size_t i = 0; i < n; ++i) {
-            head.y[i] = wkv7_row<8>(terms, terms.v[i], head.state + i * n);
-        }
-    } else {
-        for (std::size_t i = 0; i < n; ++i) {
-            head.y[i] = wkv7_any_row(terms, terms.v[i], n, head.state + i * n);
-        }
-    }
-
-    layer_norm(head.y, head.norm_weight, head.norm_bias, head.norm_eps, n, head.y);
-    const F32x8 bonus = broadcast(sum(bonuses));
-    for (std::size_t j = 0; j < n; j += 8) {
-        const std::size_t count = n - j < 8 ? n - j : 8;
-        const F32x8 y = fma(bonus, load(terms.v + j), load_up_to_8(head.y + j, count));
-        store_partial(head.y + j, y * load_up_to_8(head.g + j, count), count);
     }
 }
 

@@ -8,7 +8,6 @@ namespace goslet::reference {
 namespace {
 
 constexpr double kDecayScale = -0.6065306597126334;  // -exp(-1/2)
-constexpr double kKeyNormFloor = 1e-12;
 
 double sigmoid(double x) {
     return 1.0 / (1.0 + std::exp(-x));
@@ -22,15 +21,20 @@ double activated(Activation activation, double x) {
             return std::tanh(x);
         case Activation::kSigmoid:
             return sigmoid(x);
+        case Activation::kSilu:
+            return x * sigmoid(x);
         case Activation::kReluSquared:
             return x < 0.0 ? 0.0 : x * x;
         case Activation::kDecay:
             return std::exp(kDecayScale * sigmoid(x));
+        case Activation::kDoubleExp:
+            return std::exp(-std::exp(x));
     }
     return x;
 }
 
-// Numbers with mean 0 and variance 1, but for eps; the variance is the biased one.
+}  // namespace
+
 std::vector<double> normalized(const std::vector<double>& x, double eps) {
     const double n = static_cast<double>(x.size());
     double mean = 0.0;
@@ -47,8 +51,6 @@ std::vector<double> normalized(const std::vector<double>& x, double eps) {
     }
     return out;
 }
-
-}  // namespace
 
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, std::size_t n, float* out) {
     const std::vector<double> normed = normalized(std::vector<double>(x, x + n), eps);
@@ -70,54 +72,35 @@ void activate(Activation activation, const float* bias, std::size_t n, float* y)
     }
 }
 
-void add(const float* y, std::size_t n, float* out) {
+void combine(Combine how, const float* y, const float* a, const float* b, std::size_t n, float* out) {
     for (std::size_t i = 0; i < n; ++i) {
-        out[i] += y[i];
+        switch (how) {
+            case Combine::kSet:
+                out[i] = y[i];
+                break;
+            case Combine::kAdd:
+                out[i] += y[i];
+                break;
+            case Combine::kGate:
+                out[i] = y[i] * a[i];
+                break;
+            case Combine::kGateAdd:
+                out[i] = static_cast<float>(out[i] + static_cast<double>(y[i]) * a[i]);
+                break;
+            case Combine::kLerp:
+                out[i] = static_cast<float>(a[i] + (static_cast<double>(b[i]) - a[i]) * y[i]);
+                break;
+        }
     }
 }
 
-void wkv7(const Wkv7Head& head) {
-    const std::size_t n = head.head_size;
-    std::vector<double> v(n), k(n), kappa(n), y(n);
-
-    double squares = 0.0;
+void small_product(const float* x, const float* matrix, std::size_t n, float* out) {
     for (std::size_t j = 0; j < n; ++j) {
-        v[j] = head.v[j];
-        if (head.value_mix == nullptr) {
-            head.first_value[j] = head.v[j];
-        } else {
-            v[j] += (static_cast<double>(head.first_value[j]) - head.v[j]) * head.value_mix[j];
+        double total = 0.0;
+        for (std::size_t i = 0; i < n; ++i) {
+            total += static_cast<double>(x[i]) * matrix[i * n + j];
         }
-        k[j] = head.k[j] * (1.0 + (head.a[j] - 1.0) * head.k_a[j]);
-        kappa[j] = static_cast<double>(head.k[j]) * head.k_k[j];
-        squares += kappa[j] * kappa[j];
-    }
-    const double norm = std::sqrt(squares);
-    double bonus = 0.0;
-    for (std::size_t j = 0; j < n; ++j) {
-        kappa[j] /= norm < kKeyNormFloor ? kKeyNormFloor : norm;
-        bonus += head.r[j] * k[j] * head.r_k[j];
-    }
-
-    for (std::size_t i = 0; i < n; ++i) {
-        float* row = head.state + i * n;
-        double removed = 0.0;
-        for (std::size_t j = 0; j < n; ++j) {
-            removed += row[j] * kappa[j];
-        }
-        y[i] = 0.0;
-        for (std::size_t j = 0; j < n; ++j) {
-            const double updated =
-                static_cast<double>(row[j]) * head.w[j] - removed * (kappa[j] * head.a[j]) + v[i] * k[j];
-            y[i] += updated * head.r[j];
-            row[j] = static_cast<float>(updated);
-        }
-    }
-
-    const std::vector<double> normed = normalized(y, head.norm_eps);
-    for (std::size_t i = 0; i < n; ++i) {
-        const double gated = (normed[i] * head.norm_weight[i] + head.norm_bias[i] + bonus * v[i]) * head.g[i];
-        head.y[i] = static_cast<float>(gated);
+        out[j] = static_cast<float>(total);
     }
 }
 

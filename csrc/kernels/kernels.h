@@ -13,8 +13,44 @@
 
 namespace goslet {
 
-// What happens to a product's sum before it is stored. `kDecay` is RWKV-7's exp(-exp(-1/2) · sigmoid(x)).
-enum class Activation : std::uint8_t { kNone, kTanh, kSigmoid, kReluSquared, kDecay };
+// What happens to a product's sum before it is stored. `kSilu` is x · sigmoid(x), `kDecay` RWKV-7's
+// exp(-exp(-1/2) · sigmoid(x)), `kDoubleExp` RWKV-6's exp(-exp(x)).
+enum class Activation : std::uint8_t { kNone, kTanh, kSigmoid, kSilu, kReluSquared, kDecay, kDoubleExp };
+
+// What becomes of such a y: out = y, out + y, y · a, out + y · a or a + (b - a) · y.
+enum class Combine : std::uint8_t { kSet, kAdd, kGate, kGateAdd, kLerp };
+
+// RWKV-4's time mix for one token (RWKV-4 paper, appendix on numerical stability). Every channel goes its own way, so
+// n of them may be any part of a layer's.
+struct Wkv4Channels {
+    std::size_t n;
+    const float* r;      // (n) receptance behind its sigmoid
+    const float* k;      // (n)
+    const float* v;      // (n)
+    const float* decay;  // (n) what a step adds to the past's exponents, below 0
+    const float* first;  // (n) what the present token's exponent has over it
+    float* aa;           // (n) numerator, updated in place
+    float* bb;           // (n) denominator
+    float* pp;           // (n) their exponent
+    float* y;            // (n) r · the weighted mean of values
+};
+
+// One head of RWKV-5's or 6's time mix for one token ("Eagle and Finch", section 4). The output is read from the state
+// as it was.
+struct Wkv6Head {
+    std::size_t head_size;     // N
+    const float* r;            // (N) receptance
+    const float* w;            // (N) decay, by key
+    const float* k;            // (N)
+    const float* v;            // (N)
+    const float* g;            // (N) gate; null in 5.0
+    const float* bonus;        // (N) the present token's weight, by key
+    const float* norm_weight;  // (N)
+    const float* norm_bias;    // (N)
+    float norm_eps;
+    float* state;  // (N key, N value), updated in place
+    float* y;      // (N) gated output
+};
 
 // One head of RWKV-7's time mix for one token (RWKV-7 paper, equations 16 to 18, and the released code's value
 // residual). Every pointer but `state` and `y` is to the head's N numbers of one token.
@@ -61,8 +97,12 @@ struct Kernels {
     void (*lerp)(const float* x, const float* previous, const float* mix, std::size_t n, float* out);
     // y = activation(y + bias), in place; bias may be null.
     void (*activate)(Activation activation, const float* bias, std::size_t n, float* y);
-    // out += y.
-    void (*add)(const float* y, std::size_t n, float* out);
+    // As `Combine` says; a and b are read where it takes them, and a may be out.
+    void (*combine)(Combine how, const float* y, const float* a, const float* b, std::size_t n, float* out);
+    // out[j] = sum over i of x[i] · matrix[i · n + j], all of n.
+    void (*small_product)(const float* x, const float* matrix, std::size_t n, float* out);
+    void (*wkv4)(const Wkv4Channels& channels);
+    void (*wkv6)(const Wkv6Head& head);
     void (*wkv7)(const Wkv7Head& head);
 };
 

@@ -34,13 +34,12 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 }  // namespace
 }  // namespace goslet
 
-#include "elementwise.h"
+#include "kernels_table.h"
 #include "products.h"
 
 namespace goslet {
 
-const Kernels kAvx512VnniKernels = {
-    "avx512vnni", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kAvx512VnniKernels = kernels_table("avx512vnni", pack<std::int16_t>, pack<std::int8_t>, multiply);
 
 }  // namespace goslet
 

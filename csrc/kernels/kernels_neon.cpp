@@ -23,13 +23,12 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 }  // namespace
 }  // namespace goslet
 
-#include "elementwise.h"
+#include "kernels_table.h"
 #include "products.h"
 
 namespace goslet {
 
-const Kernels kNeonKernels = {"neon", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add,
-                              wkv7};
+const Kernels kNeonKernels = kernels_table("neon", pack<std::int16_t>, pack<std::int8_t>, multiply);
 
 }  // namespace goslet
 

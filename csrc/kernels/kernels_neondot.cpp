@@ -32,13 +32,12 @@ constexpr std::size_t kFloatTilesAtOnce = 4;
 }  // namespace
 }  // namespace goslet
 
-#include "elementwise.h"
+#include "kernels_table.h"
 #include "products.h"
 
 namespace goslet {
 
-const Kernels kNeonDotprodKernels = {
-    "neondot", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kNeonDotprodKernels = kernels_table("neondot", pack<std::int16_t>, pack<std::int8_t>, multiply);
 
 }  // namespace goslet
 

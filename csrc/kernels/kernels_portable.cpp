@@ -22,12 +22,11 @@ constexpr std::size_t kFloatTilesAtOnce = 2;
 }  // namespace
 }  // namespace goslet
 
-#include "elementwise.h"
+#include "kernels_table.h"
 #include "products.h"
 
 namespace goslet {
 
-const Kernels kPortableKernels = {
-    "portable", pack<std::int16_t>, pack<std::int8_t>, multiply, layer_norm, lerp, activate, add, wkv7};
+const Kernels kPortableKernels = kernels_table("portable", pack<std::int16_t>, pack<std::int8_t>, multiply);
 
 }  // namespace goslet

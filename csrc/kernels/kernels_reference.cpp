@@ -133,8 +133,17 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
 
 }  // namespace
 
-const Kernels kReferenceKernels = {"reference",           pack<std::int16_t>, pack<std::int8_t>,   multiply,
-                                   reference::layer_norm, reference::lerp,    reference::activate, reference::add,
+const Kernels kReferenceKernels = {"reference",
+                                   pack<std::int16_t>,
+                                   pack<std::int8_t>,
+                                   multiply,
+                                   reference::layer_norm,
+                                   reference::lerp,
+                                   reference::activate,
+                                   reference::combine,
+                                   reference::small_product,
+                                   reference::wkv4,
+                                   reference::wkv6,
                                    reference::wkv7};
 
 }  // namespace goslet

@@ -1,4 +1,4 @@
-"""What every RWKV version's file is made of: tensor rules, operators and the arithmetic that versions share.
+"""What every RWKV version's file is made of: operators, the way a step asks for weights, and the arithmetic shared.
 
 A version's file (``rwkv7.py`` and so on) states its tensors as `TensorRule`s, writes its step once against the
 `Ops` interface, and declares what is its own as an `Operator`. The same step then runs eagerly (`EagerOps`), with
@@ -7,95 +7,18 @@ emulated activation quantization (`verify`), or is traced to ONNX (`goslet.expor
 
 from __future__ import annotations
 
-import enum
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...errors import MissingTensorError
 from ...spec import ModelSpec, StateSpec
 from .program import Program
+from .tensors import Shapes, TensorRule
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-
-
-class Kind(enum.Enum):
-    """What a tensor is for; recipes choose its storage format by this."""
-
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    PROJECTION = "projection"
-    CHANNEL_MIX = "channel_mix"
-    LORA = "lora"
-    VECTOR = "vector"
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """One tensor that a version needs.
-
-    Attributes:
-        name: its name in the checkpoint and in the engine.
-        shape: its shape in the checkpoint; axes of size 1 are not counted when it is compared.
-        kind: what it is for.
-        input_first: a matrix that the checkpoint stores as [in, out]; engines store every matrix as [out, in].
-        input_sparse: a matrix whose inputs are often exactly zero (relu²), so that an engine may skip their columns.
-    """
-
-    name: str
-    shape: Shape
-    kind: Kind
-    input_first: bool = False
-    input_sparse: bool = False
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the tensor is stored as a matrix [out, in], and so may be quantized."""
-        return self.kind is not Kind.VECTOR
-
-    @property
-    def layout(self) -> str:
-        """How it lies in the engine (`goslet.layouts`); the embedding is gathered by rows, never multiplied."""
-        if not self.is_matrix or self.kind is Kind.EMBEDDING:
-            return "rows"
-        return "columns" if self.input_sparse else "tiles"
-
-    @property
-    def stored_shape(self) -> Shape:
-        """Its shape in the engine: [out, in] for a matrix, flat for a vector."""
-        if self.is_matrix:
-            return (self.shape[1], self.shape[0]) if self.input_first else self.shape
-        return (math.prod(self.shape),)
-
-
-def squeezed(shape: Sequence[int]) -> Shape:
-    """A shape without its axes of size 1, and at least one axis long."""
-    return tuple(size for size in shape if size != 1) or (1,)
-
-
-def count_layers(shapes: Shapes) -> int:
-    """Blocks of a checkpoint, by its tensors' names.
-
-    Raises:
-        MissingTensorError: blocks are not numbered from 0 without a gap.
-    """
-    found = {part for name in shapes if name.startswith("blocks.") and (part := name.split(".")[1]).isdecimal()}
-    n_layer = len(found)
-    absent = [str(layer) for layer in range(n_layer) if str(layer) not in found]
-    if absent or not n_layer:
-        raise MissingTensorError(
-            "the checkpoint lacks a block",
-            place=f"blocks.{absent[0] if absent else 0}",
-            expected="blocks numbered from 0 without a gap",
-            found=f"block {max(found, key=len)[:40]}" if found else "no block",
-            remedy="the file is incomplete or damaged",
-        )
-    return n_layer
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -135,7 +58,7 @@ class EagerOps:
     """Runs a step in PyTorch on given weights.
 
     Args:
-        weights: every tensor in its stored shape (`TensorRule.stored_shape`), all of one floating dtype.
+        weights: every tensor of the engine in its shape there, all of one floating dtype.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -157,7 +80,7 @@ class EagerOps:
 class Version(Protocol):
     """One RWKV version: a module in this package has all of this as top-level names."""
 
-    NAME: str
+    NAMES: tuple[str, ...]
     OPERATORS: tuple[Operator, ...]
 
     def recognise(self, shapes: Shapes) -> bool:
@@ -168,35 +91,95 @@ class Version(Protocol):
         """The model's dimensions, read from its tensors' shapes."""
         ...
 
-    def unused(self, spec: ModelSpec) -> frozenset[str]:
+    def unused(self, spec: ModelSpec) -> Collection[str]:
         """Names that released files carry although nothing reads them."""
         ...
 
-    def tensor_rules(self, spec: ModelSpec) -> tuple[TensorRule, ...]:
-        """Every tensor that the version needs, in the order of their use."""
+    def tensor_rules(self, spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, ...]:
+        """Every tensor of the engine, in the order of use; `names` are the checkpoint's, where it has a choice."""
         ...
 
     def state_spec(self, spec: ModelSpec) -> StateSpec:
         """The state's tensors."""
         ...
 
-    def fold_embedding(self, weights: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:
-        """The embedding with everything folded into it that depends on the token alone, float32 [V, D]."""
-        ...
-
-    def folded(self, spec: ModelSpec) -> frozenset[str]:
-        """Names of the tensors that `fold_embedding` consumes besides the embedding; engines do not store them."""
-        ...
-
     def step(
-        self, spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]
+        self, spec: ModelSpec, ops: Ops, token: Sequence[Tensor], state: State
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One token: x [B, D] and the state's tensors [B, …] to logits [B, V] and the new state."""
+        """One token.
+
+        Args:
+            spec: the model's dimensions.
+            ops: gives weights and operators.
+            token: the token's row of the embedding, cut into the pieces [B, size] of `spec.input_sizes`.
+            state: the tensors of `state_spec`, each with a leading batch axis.
+
+        Returns:
+            logits [B, V] and the new state under the same names.
+        """
         ...
 
     def program(self, spec: ModelSpec) -> Program:
         """The same computation as `step`, stated as the native engine's fused steps."""
         ...
+
+
+def token_pieces(rows: Tensor, spec: ModelSpec) -> tuple[Tensor, ...]:
+    """What `Version.step` takes as its token, from rows of the embedding [B, sum(spec.input_sizes)]."""
+    pieces = []
+    start = 0
+    for size in spec.input_sizes:
+        pieces.append(rows[:, start : start + size])
+        start += size
+    return tuple(pieces)
+
+
+TimeMix = Callable[[int, Tensor], tuple[Tensor, dict[str, Tensor]]]
+ChannelMix = Callable[[int, Tensor], Tensor]
+
+
+def residual_step(
+    spec: ModelSpec, ops: Ops, x: Tensor, time_mix: TimeMix, channel_mix: ChannelMix
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What every version's step has in common: two residual branches a layer behind LayerNorms, and the head.
+
+    Args:
+        spec: the model's dimensions.
+        ops: gives weights.
+        x: the embedded token [B, D].
+        time_mix: from a layer's index and its normed input [B, D] to what is added to x, and the new state of its own
+            parts under their full names.
+        channel_mix: from a layer's index and its normed input [B, D] to what is added to x.
+
+    Returns:
+        logits [B, V] and the new state, shifts included.
+    """
+    new_state: dict[str, Tensor] = {}
+    for layer in range(spec.n_layer):
+        h = layer_norm(x, ops, f"blocks.{layer}.ln1", spec.layer_norm_eps)
+        y, parts = time_mix(layer, h)
+        x = x + y
+        new_state |= {f"{layer}.att_shift": h, **parts}
+        h = layer_norm(x, ops, f"blocks.{layer}.ln2", spec.layer_norm_eps)
+        x = x + channel_mix(layer, h)
+        new_state[f"{layer}.ffn_shift"] = h
+    return ops.linear("head.weight", layer_norm(x, ops, "ln_out", spec.layer_norm_eps)), new_state
+
+
+def gated_channel_mix(ops: Ops, layer: int, x: Tensor, previous: Tensor, mix: str) -> Tensor:
+    """The channel mix of versions 4 to 6: sigmoid(W_r x_r) · W_v relu(W_k x_k)² (RWKV-4 paper, section 3.1).
+
+    Args:
+        ops: gives weights.
+        layer: the layer's index.
+        x: its normed input [B, D].
+        previous: that of the last token.
+        mix: how the share of `previous` is called, without its letter.
+    """
+    ffn = f"blocks.{layer}.ffn"
+    hidden = torch.relu(ops.linear(f"{ffn}.key.weight", lerp(x, previous, ops.vector(f"{ffn}.{mix}k"))))
+    r = ops.linear(f"{ffn}.receptance.weight", lerp(x, previous, ops.vector(f"{ffn}.{mix}r")))
+    return torch.sigmoid(r) * ops.linear(f"{ffn}.value.weight", hidden * hidden)
 
 
 def layer_norm(x: Tensor, ops: Ops, name: str, eps: float) -> Tensor:
@@ -213,5 +196,5 @@ def head_norm(y: Tensor, ops: Ops, name: str, eps: float) -> Tensor:
 
 
 def lerp(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-    """Token shift of versions 6 and 7: x + (previous - x)·mix."""
+    """Token shift: x + (previous - x)·mix. Versions 4 and 5 store 1 - mix, and their rules turn it."""
     return x + (previous - x) * mix

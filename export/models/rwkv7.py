@@ -1,14 +1,18 @@
-"""RWKV-7 "Goose": recognition, tensors, the one-token step and its recurrence.
+"""RWKV-7 "Goose" and its variant 7a: recognition, tensors, the one-token step and its recurrence.
 
 Source: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution" (2025), section 4, and the released
-inference code where the two differ (the value residual's direction). x is the residual stream of D numbers, in H
-heads of N.
+inference code where the two differ (the value residual's direction) and for 7a's DeepEmbed. x is the residual stream
+of D numbers, in H heads of N.
+
+DeepEmbed gives every token a matrix [R, R] in every layer, which scales the channel mix's hidden layer together with
+two small ones that all tokens share. The matrices depend on the token alone, so they follow the embedded token in its
+row of the embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from typing import no_type_check
 
 import torch
@@ -18,14 +22,14 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import CheckpointError, MissingTensorError, TensorShapeError
-from ...spec import ModelSpec, StateSpec, StateTensor
-from .blocks import Kind, Operator, Ops, Shape, Shapes, TensorRule, count_layers, head_norm, layer_norm, lerp
+from ...errors import CheckpointError
+from ...spec import EMBEDDING, ModelSpec, StateSpec, StateTensor
+from .blocks import Operator, Ops, State, head_norm, lerp, residual_step
 from .program import Program, product
+from .tensors import LAYER_NORM_EPS, Kind, Rules, Shapes, Source, TensorRule, count_layers, shape_of
 
-NAME = "7"
+NAMES = ("7", "7a")
 NORM_EPS = 64e-5
-LAYER_NORM_EPS = 1e-5
 KEY_NORM_FLOOR = 1e-12
 DECAY_SCALE = -math.exp(-0.5)
 
@@ -79,17 +83,6 @@ def recognise(shapes: Shapes) -> bool:
     return any(name.startswith("blocks.") and name.endswith((".att.r_k", ".att.k_k")) for name in shapes)
 
 
-def _shape(shapes: Shapes, name: str, n_axes: int) -> Shape:
-    if name not in shapes:
-        raise MissingTensorError(
-            "the checkpoint lacks a tensor", place=name, expected=f"{n_axes} axes", found="nothing"
-        )
-    shape = shapes[name]
-    if len(shape) != n_axes or 0 in shape:
-        raise TensorShapeError("a tensor has the wrong shape", place=name, expected=f"{n_axes} axes", found=list(shape))
-    return shape
-
-
 def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     """The model's dimensions from its tensors' shapes; `norm_eps` overrides the group norm's eps of 64e-5.
 
@@ -97,9 +90,9 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
         MissingTensorError, TensorShapeError: a tensor that tells a dimension is absent or has the wrong rank.
         CheckpointError: heads do not make up the width, or blocks are not numbered from 0 without a gap.
     """
-    vocab_size, n_embd = _shape(shapes, "emb.weight", 2)
+    vocab_size, n_embd = shape_of(shapes, "emb.weight", 2)
     n_layer = count_layers(shapes)
-    n_head, head_size = _shape(shapes, "blocks.0.att.r_k", 2)
+    n_head, head_size = shape_of(shapes, "blocks.0.att.r_k", 2)
     if n_head * head_size != n_embd:
         raise CheckpointError(
             "heads do not make up the width",
@@ -108,12 +101,15 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
             found=[n_head, head_size],
         )
     letters = "wavg" if n_layer > 1 else "wag"
-    ranks = {letter: _shape(shapes, f"blocks.{int(letter == 'v')}.att.{letter}1", 2)[1] for letter in letters}
+    ranks = {letter: shape_of(shapes, f"blocks.{int(letter == 'v')}.att.{letter}1", 2)[1] for letter in letters}
+    deep = "blocks.0.ffn.s_emb.weight" in shapes
+    if deep:
+        ranks["s"] = shape_of(shapes, "blocks.0.ffn.s1", 2)[1]
     return ModelSpec(
-        version=NAME,
+        version="7a" if deep else "7",
         n_layer=n_layer,
         n_embd=n_embd,
-        n_ffn=_shape(shapes, "blocks.0.ffn.key.weight", 2)[0],
+        n_ffn=shape_of(shapes, "blocks.0.ffn.key.weight", 2)[0],
         head_size=head_size,
         vocab_size=vocab_size,
         norm_eps=NORM_EPS if norm_eps is None else norm_eps,
@@ -122,48 +118,73 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     )
 
 
-def unused(spec: ModelSpec) -> frozenset[str]:
+def unused(spec: ModelSpec) -> Collection[str]:
     """Layer 0 defines the first value, so nothing reads its value-residual LoRA; official files carry it anyway."""
-    return frozenset(f"blocks.0.att.v{part}" for part in "012")
+    return tuple(f"blocks.0.att.v{part}" for part in "012")
 
 
-def tensor_rules(spec: ModelSpec) -> tuple[TensorRule, ...]:
-    """Every tensor of an RWKV-7 model, in the order of use."""
+def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, ...]:
+    """Every tensor of an RWKV-7 engine, in the order of use."""
     width, hidden = spec.n_embd, spec.n_ffn
-    rules = [TensorRule("emb.weight", (spec.vocab_size, width), Kind.EMBEDDING)]
-
-    def vector(name: str, *shape: int) -> None:
-        rules.append(TensorRule(name, shape or (width,), Kind.VECTOR))
-
-    def norm(name: str) -> None:
-        vector(f"{name}.weight")
-        vector(f"{name}.bias")
-
-    norm("blocks.0.ln0")
+    rules = Rules(width)
+    if spec.version == "7a":
+        _deep_embedding(rules, spec)
+    else:
+        rules.embedding(spec.vocab_size)
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
-        norm(f"blocks.{layer}.ln1")
+        rules.norm(f"blocks.{layer}.ln1")
         for letter in "rwkvag":
-            vector(f"{att}.x_{letter}")
+            rules.vector(f"{att}.x_{letter}")
         for letter in "wavg" if layer else "wag":
             if letter != "g":
-                vector(f"{att}.{letter}0")
+                rules.vector(f"{att}.{letter}0")
             rank = spec.ranks[letter]
-            rules.append(TensorRule(f"{att}.{letter}1", (width, rank), Kind.LORA, input_first=True))
-            rules.append(TensorRule(f"{att}.{letter}2", (rank, width), Kind.LORA, input_first=True))
-        vector(f"{att}.k_k")
-        vector(f"{att}.k_a")
-        vector(f"{att}.r_k", spec.n_head, spec.head_size)
+            rules.turned(f"{att}.{letter}1", width, rank, Kind.LORA)
+            rules.turned(f"{att}.{letter}2", rank, width, Kind.LORA)
+        rules.vector(f"{att}.k_k")
+        rules.vector(f"{att}.k_a")
+        rules.vector(f"{att}.r_k", spec.n_head, spec.head_size)
         for part in ("receptance", "key", "value", "output"):
-            rules.append(TensorRule(f"{att}.{part}.weight", (width, width), Kind.PROJECTION))
-        norm(f"{att}.ln_x")
-        norm(f"blocks.{layer}.ln2")
-        vector(f"{ffn}.x_k")
-        rules.append(TensorRule(f"{ffn}.key.weight", (hidden, width), Kind.CHANNEL_MIX))
-        rules.append(TensorRule(f"{ffn}.value.weight", (width, hidden), Kind.CHANNEL_MIX, input_sparse=True))
-    norm("ln_out")
-    rules.append(TensorRule("head.weight", (spec.vocab_size, width), Kind.HEAD))
-    return tuple(rules)
+            rules.matrix(f"{att}.{part}.weight", width, width, Kind.PROJECTION)
+        rules.norm(f"{att}.ln_x")
+        rules.norm(f"blocks.{layer}.ln2")
+        rules.vector(f"{ffn}.x_k")
+        rules.matrix(f"{ffn}.key.weight", hidden, width, Kind.CHANNEL_MIX)
+        if spec.version == "7a":
+            rules.vector(f"{ffn}.s0", hidden)
+            rules.turned(f"{ffn}.s1", width, spec.ranks["s"], Kind.LORA)
+            rules.turned(f"{ffn}.s2", spec.ranks["s"], hidden, Kind.LORA)
+        rules.matrix(f"{ffn}.value.weight", width, hidden, Kind.CHANNEL_MIX, input_sparse=True)
+    rules.norm("ln_out")
+    rules.matrix("head.weight", spec.vocab_size, width, Kind.HEAD)
+    return rules.all()
+
+
+def _deep_embedding(rules: Rules, spec: ModelSpec) -> None:
+    """7a's embedding: behind the embedded token x every layer's matrix s_emb[token] + s_emb_x · x."""
+    width, size = spec.n_embd, spec.ranks["s"] ** 2
+
+    def derive(embedding: Tensor, scale: Tensor, bias: Tensor, *deep: Tensor) -> Tensor:
+        x = functional.layer_norm(embedding, (width,), scale, bias, spec.layer_norm_eps)
+        matrices = (own + x @ shared.T for own, shared in zip(deep[::2], deep[1::2], strict=True))
+        return torch.cat([x, *matrices], 1)
+
+    deep_sources = [
+        source
+        for layer in range(spec.n_layer)
+        for source in (
+            Source(f"blocks.{layer}.ffn.s_emb.weight", (spec.vocab_size, size), by_token=True),
+            Source(f"blocks.{layer}.ffn.s_emb_x.weight", (size, width)),
+        )
+    ]
+    sources = (
+        Source(EMBEDDING, (spec.vocab_size, width), by_token=True),
+        Source("blocks.0.ln0.weight", (width,)),
+        Source("blocks.0.ln0.bias", (width,)),
+        *deep_sources,
+    )
+    rules.derived(EMBEDDING, (spec.vocab_size, sum(spec.input_sizes)), Kind.EMBEDDING, sources, derive)
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
@@ -175,17 +196,6 @@ def state_spec(spec: ModelSpec) -> StateSpec:
         tensors.append(StateTensor(f"{layer}.wkv", matrix, "head,value,key"))
         tensors.append(StateTensor(f"{layer}.ffn_shift", (spec.n_embd,), "channel"))
     return StateSpec(tuple(tensors))
-
-
-def folded(spec: ModelSpec) -> frozenset[str]:
-    """ln0 follows the embedding directly, so it is applied to every row at export."""
-    return frozenset({"blocks.0.ln0.weight", "blocks.0.ln0.bias"})
-
-
-def fold_embedding(weights: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:
-    """ln0 of every row of the embedding, float32 [V, D]."""
-    scale, bias = weights["blocks.0.ln0.weight"], weights["blocks.0.ln0.bias"]
-    return functional.layer_norm(weights["emb.weight"], (spec.n_embd,), scale, bias, spec.layer_norm_eps)
 
 
 def _time_mix(
@@ -226,48 +236,45 @@ def _time_mix(
     return ops.linear(f"{att}.output.weight", y * g), wkv, v_first
 
 
-def _channel_mix(ops: Ops, layer: int, x: Tensor, previous: Tensor) -> Tensor:
+def _channel_mix(spec: ModelSpec, ops: Ops, layer: int, x: Tensor, previous: Tensor, deep: Sequence[Tensor]) -> Tensor:
     ffn = f"blocks.{layer}.ffn"
     hidden = torch.relu(ops.linear(f"{ffn}.key.weight", lerp(x, previous, ops.vector(f"{ffn}.x_k"))))
-    return ops.linear(f"{ffn}.value.weight", hidden * hidden)
+    hidden = hidden * hidden
+    if deep:
+        rank = spec.ranks["s"]
+        low = ops.linear(f"{ffn}.s1", x).unsqueeze(1) @ deep[layer].reshape(-1, rank, rank)
+        hidden = hidden * (ops.linear(f"{ffn}.s2", low.squeeze(1)) + ops.vector(f"{ffn}.s0"))
+    return ops.linear(f"{ffn}.value.weight", hidden)
 
 
-def step(spec: ModelSpec, ops: Ops, x: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """One token.
+def step(spec: ModelSpec, ops: Ops, token: Sequence[Tensor], state: State) -> tuple[Tensor, dict[str, Tensor]]:
+    """One token, as `blocks.Version.step` says; `token` is the embedded token and, in 7a, every layer's matrix."""
+    x, *deep = token
+    v_first: Tensor | None = None
 
-    Args:
-        spec: the model's dimensions.
-        ops: gives weights and operators.
-        x: the embedded token with ln0 folded in [B, D].
-        state: the tensors of `state_spec`, each with a leading batch axis.
+    def time_mix(layer: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal v_first
+        y, wkv, v_first = _time_mix(spec, ops, layer, x, state[f"{layer}.att_shift"], state[f"{layer}.wkv"], v_first)
+        return y, {f"{layer}.wkv": wkv}
 
-    Returns:
-        logits [B, V] and the new state under the same names.
-    """
-    new_state: dict[str, Tensor] = {}
-    v_first = None
-    for layer in range(spec.n_layer):
-        h = layer_norm(x, ops, f"blocks.{layer}.ln1", spec.layer_norm_eps)
-        y, wkv, v_first = _time_mix(spec, ops, layer, h, state[f"{layer}.att_shift"], state[f"{layer}.wkv"], v_first)
-        x = x + y
-        new_state[f"{layer}.att_shift"] = h
-        new_state[f"{layer}.wkv"] = wkv
-        h = layer_norm(x, ops, f"blocks.{layer}.ln2", spec.layer_norm_eps)
-        x = x + _channel_mix(ops, layer, h, state[f"{layer}.ffn_shift"])
-        new_state[f"{layer}.ffn_shift"] = h
-    logits = ops.linear("head.weight", layer_norm(x, ops, "ln_out", spec.layer_norm_eps))
-    return logits, new_state
+    def channel_mix(layer: int, x: Tensor) -> Tensor:
+        return _channel_mix(spec, ops, layer, x, state[f"{layer}.ffn_shift"], deep)
+
+    return residual_step(spec, ops, x, time_mix, channel_mix)
 
 
 def program(spec: ModelSpec) -> Program:
-    """The same token as `step`, as the native engine runs it: eight fused steps a layer."""
+    """The same token as `step`, as the native engine runs it: eight fused steps a layer, ten in 7a."""
     width, eps = spec.n_embd, spec.layer_norm_eps
-    steps = Program("x", width)
+    pieces = ["x", *(f"deep_{layer}" for layer in range(spec.n_layer) if spec.version == "7a")]
+    steps = Program(dict(zip(pieces, spec.input_sizes, strict=True)))
     mixed = {letter: steps.register(f"mixed_{letter}", width) for letter in "rwkvag"}
     r, w, k, v, a, g, y = (steps.register(name, width) for name in ("r", "w", "k", "v", "a", "g", "y"))
     first_value, value_mix = steps.register("first_value", width), steps.register("value_mix", width)
     hidden = steps.register("hidden", spec.n_ffn)
     low = {letter: steps.register(f"low_{letter}", rank) for letter, rank in spec.ranks.items()}
+    normed = steps.register("normed", width) if spec.version == "7a" else None
+    scale = steps.register("scale", spec.ranks["s"]) if normed else ""
     low_activations = {"w": "tanh", "g": "sigmoid"}
     up = {"w": (w, "decay"), "a": (a, "sigmoid"), "v": (value_mix, "sigmoid"), "g": (g, "none")}
     for layer in range(spec.n_layer):
@@ -292,7 +299,8 @@ def program(spec: ModelSpec) -> Program:
                 for i in letters
             )
         )
-        steps.wkv7(
+        steps.wkv(
+            7,
             r=r,
             w=w,
             k=k,
@@ -310,15 +318,24 @@ def program(spec: ModelSpec) -> Program:
             head_size=spec.head_size,
             out=y,
         )
-        steps.linear(product(f"{att}.output.weight", y, "x", add=True))
+        steps.linear(product(f"{att}.output.weight", y, "x", combine="add"))
         steps.norm_shift(
             x="x",
             norm=f"blocks.{layer}.ln2",
             eps=eps,
             shift=f"{layer}.ffn_shift",
             mixes={f"{ffn}.x_k": mixed["k"]},
+            normed=normed,
         )
-        steps.linear(product(f"{ffn}.key.weight", mixed["k"], hidden, activation="relu_squared"))
-        steps.linear(product(f"{ffn}.value.weight", hidden, "x", add=True))
+        key = product(f"{ffn}.key.weight", mixed["k"], hidden, activation="relu_squared")
+        if normed is None:
+            steps.linear(key)
+        else:
+            steps.linear(key, product(f"{ffn}.s1", normed, low["s"]))
+            steps.token_product(x=low["s"], matrix=f"deep_{layer}", out=scale)
+            steps.linear(
+                product(f"{ffn}.s2", scale, hidden, bias=f"{ffn}.s0", combine="gate", operands=[hidden]),
+            )
+        steps.linear(product(f"{ffn}.value.weight", hidden, "x", combine="add"))
     steps.logits(x="x", norm="ln_out", eps=eps, weight="head.weight")
     return steps

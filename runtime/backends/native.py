@@ -77,9 +77,7 @@ class NativeBackend(Backend):
         state = [(tensor.name, tensor.shape, tensor.init) for tensor in file.state_spec.tensors]
         n_threads = available_cores() if threads is None else threads
         try:
-            self._engine = NativeEngine(
-                program, tensors, state, file.spec.vocab_size, file.spec.n_embd, n_threads, pin, skip_zeros
-            )
+            self._engine = NativeEngine(program, tensors, state, file.spec.vocab_size, n_threads, pin, skip_zeros)
         except EngineError as error:
             problem, place, expected, found = error.args
             raise BackendError(

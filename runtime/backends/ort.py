@@ -94,7 +94,7 @@ class OrtBackend(Backend):
         _check_signature(self._session, file)
         self._embedding = file.weight(EMBEDDING)
         self._vocab_size = file.spec.vocab_size
-        self._n_embd = file.spec.n_embd
+        self._n_input = sum(file.spec.input_sizes)
         self._exact = exact
 
     def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
@@ -103,7 +103,7 @@ class OrtBackend(Backend):
 
     def stepper(self, state: State) -> Stepper:
         """A stepper with one binding for each direction between `state`'s two buffers."""
-        return _OrtStepper(self._session, self._embedding, self._n_embd, self._vocab_size, state)
+        return _OrtStepper(self._session, self._embedding, self._n_input, self._vocab_size, state)
 
     def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """As `Backend.step_batch`, one step after another."""
@@ -136,11 +136,11 @@ def _create_session(file: EngineFile, graph: bytes, options: Any) -> Any:
 
 
 class _OrtStepper(Stepper):
-    def __init__(self, session: Any, embedding: EncodedWeight, n_embd: int, vocab_size: int, state: State) -> None:
+    def __init__(self, session: Any, embedding: EncodedWeight, n_input: int, vocab_size: int, state: State) -> None:
         self._session = session
         self._embedding = embedding
         self._state = state
-        self._x = np.zeros((1, n_embd), np.float32)
+        self._x = np.zeros((1, n_input), np.float32)
         self._logits: NDArray[np.float32] = np.zeros((1, vocab_size), np.float32)
         front, back = state.front, state.back
         self._bindings = {
@@ -193,9 +193,10 @@ def _address(tensors: Mapping[str, NDArray[np.float32]]) -> int:
 def _check_signature(session: Any, file: EngineFile) -> None:
     """Hold the graph's inputs and outputs to the header, by which buffers are made."""
     spec = file.spec
+    n_input = sum(spec.input_sizes)
     states = {tensor.name: list(tensor.shape) for tensor in file.state_spec.tensors}
     expected = {
-        "inputs": {"x": [spec.n_embd], **{f"state_in.{name}": shape for name, shape in states.items()}},
+        "inputs": {"x": [n_input], **{f"state_in.{name}": shape for name, shape in states.items()}},
         "outputs": {"logits": [spec.vocab_size], **{f"state_out.{name}": shape for name, shape in states.items()}},
     }
     found = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
@@ -213,12 +214,12 @@ def _check_signature(session: Any, file: EngineFile) -> None:
                     remedy="export the engine again",
                 )
     shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
-    if shape != (spec.vocab_size, spec.n_embd):
+    if shape != (spec.vocab_size, n_input):
         raise BackendError(
             "the embedding is not the one that the header states",
             file=file.path,
             place=EMBEDDING,
-            expected=[spec.vocab_size, spec.n_embd],
+            expected=[spec.vocab_size, n_input],
             found=shape,
             remedy="export the engine again",
         )

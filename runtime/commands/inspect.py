@@ -62,12 +62,16 @@ def describe(file: EngineFile, *, checked: bool) -> dict[str, Any]:
 def _show(report: Mapping[str, Any], console: Console) -> None:
     spec = report["spec"]
     ranks = ", ".join(f"{name} {rank}" for name, rank in spec["ranks"].items())
+    has_heads = spec["head_size"] > 1
+    heads = f"heads of {spec['head_size']}, " if has_heads else ""
+    norms = f"group norm eps {spec['norm_eps']:g}, " if has_heads else ""
+    norms += f"layer norm eps {spec['layer_norm_eps']:g}"
     lines = {
         "engine": f"{report['path']}, {readable_size(report['size_bytes'])}",
         "model": f"RWKV-{spec['version']}, {spec['n_layer']} layers, width {spec['n_embd']}, ffn {spec['n_ffn']}, "
-        f"heads of {spec['head_size']}, vocabulary {spec['vocab_size']}",
-        "ranks": ranks,
-        "norms": f"group norm eps {spec['norm_eps']:g}, layer norm eps {spec['layer_norm_eps']:g}",
+        f"{heads}vocabulary {spec['vocab_size']}",
+        **({"ranks": ranks} if ranks else {}),
+        "norms": norms,
         "model id": report["model_id"],
         "state": f"{readable_size(report['state_size_bytes'])} in {report['state_tensors']} tensors, float32",
         "weights": f"{report['weights']:,} at {report['bits_per_weight']:.2f} bits"

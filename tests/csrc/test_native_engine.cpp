@@ -57,8 +57,7 @@ class Model {
                 {{"att_shift", {{kWidth}, 0.0F}},
                  {"wkv", {{kHeads, kHeadSize, kHeadSize}, 0.0F}},
                  {"ffn_shift", {{kWidth}, 0.0F}}},
-                kVocab,
-                kWidth};
+                kVocab};
     }
 
   private:
@@ -103,27 +102,29 @@ class Model {
     }
 
     static std::string product(const std::string& weight, const std::string& x, const std::string& out,
-                               const std::string& activation, bool add = false) {
+                               const std::string& activation, const std::string& combine = "set") {
         return R"({"weight":")" + weight + R"(","x":")" + x + R"(","out":")" + out + R"(","bias":null,"activation":")" +
-               activation + R"(","add":)" + (add ? "true}" : "false}");
+               activation + R"(","combine":")" + combine + R"(","operands":[]})";
     }
 
     void write_program() {
-        program_ = R"({"version":1,"registers":{"x":64,"mixed":64,"r":64,"w":64,"k":64,"v":64,"a":64,"g":64,"y":64,)"
-                   R"("first_value":64,"hidden":160},"input":"x","steps":[)"
+        program_ = R"({"version":2,"registers":{"x":64,"mixed":64,"r":64,"w":64,"k":64,"v":64,"a":64,"g":64,"y":64,)"
+                   R"("first_value":64,"hidden":160},"input":["x"],"steps":[)"
                    R"({"op":"norm_shift","x":"x","norm":"ln1","eps":1e-5,"shift":"att_shift",)"
-                   R"("mixes":[{"mix":"mix","out":"mixed"}]},{"op":"linear","products":[)" +
+                   R"("mixes":[{"mix":"mix","out":"mixed"}],"normed":null,"previous":null},)"
+                   R"({"op":"linear","products":[)" +
                    product("r", "mixed", "r", "none") + "," + product("w", "mixed", "w", "decay") + "," +
                    product("k", "mixed", "k", "none") + "," + product("v", "mixed", "v", "none") + "," +
                    product("a", "mixed", "a", "sigmoid") + "," + product("g", "mixed", "g", "none") +
                    R"(]},{"op":"wkv7","r":"r","w":"w","k":"k","v":"v","a":"a","g":"g","first_value":"first_value",)"
                    R"("value_mix":null,"k_k":"k_k","k_a":"k_a","r_k":"r_k","norm":"ln_x","eps":1e-3,"state":"wkv",)"
                    R"("head_size":16,"out":"y"},{"op":"linear","products":[)" +
-                   product("output", "y", "x", "none", true) +
+                   product("output", "y", "x", "none", "add") +
                    R"(]},{"op":"norm_shift","x":"x","norm":"ln2","eps":1e-5,"shift":"ffn_shift",)"
-                   R"("mixes":[{"mix":"mix","out":"mixed"}]},{"op":"linear","products":[)" +
+                   R"("mixes":[{"mix":"mix","out":"mixed"}],"normed":null,"previous":null},)"
+                   R"({"op":"linear","products":[)" +
                    product("key", "mixed", "hidden", "relu_squared") + R"(]},{"op":"linear","products":[)" +
-                   product("value", "hidden", "x", "none", true) +
+                   product("value", "hidden", "x", "none", "add") +
                    R"(]},{"op":"logits","x":"x","norm":"ln_out","eps":1e-5,"weight":"head"}]})";
     }
 

@@ -226,10 +226,17 @@ def test_not_a_dictionary_of_tensors(content: object, tmp_path: Path) -> None:
         read_all(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("names", [[], ["transformer.h.0.attn.weight"], ["blocks.0.att.time_maa_w"]])
+@pytest.mark.parametrize("names", [[], ["transformer.h.0.attn.weight"], ["blocks.0.att.other"]])
 def test_another_kind_of_model(names: list[str], tmp_path: Path) -> None:
     save({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="RWKV-7"):
+    with pytest.raises(CheckpointError, match=r"RWKV-4, 5\.0, 5\.1, 5\.2, 6, 7 or 7a"):
+        read_all(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(("name", "version"), [("blocks.0.qkv.k_emb.weight", "7b"), ("blocks.1.att.rosa_qkv.e", "8")])
+def test_versions_whose_past_grows_are_refused_by_name(name: str, version: str, tmp_path: Path) -> None:
+    save({**random_rwkv7(**SHAPE), name: torch.zeros(2, 2)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth: {name}: is an RWKV-{version}, .* no fixed size"):
         read_all(tmp_path / "x.pth")
 
 

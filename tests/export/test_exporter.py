@@ -32,7 +32,7 @@ from goslet.errors import (  # noqa: E402
 )
 from goslet.export import Recipe, export_engine, recipe  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
-from goslet.export.models.blocks import Kind  # noqa: E402
+from goslet.export.models.tensors import Kind  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 from goslet.weights import WeightFormat, decode, encode  # noqa: E402
 
@@ -58,9 +58,8 @@ def test_every_weight_is_the_checkpoints_encoded(
     """Each stored tensor equals the checkpoint's, ln0 folded into the embedding, in the format of the recipe."""
     with EngineFile.open(tiny_engines[quant]) as engine, open_checkpoint(tiny_checkpoint) as source:
         weights = source.weights()
-        weights[EMBEDDING] = torch.nn.functional.layer_norm(
-            weights[EMBEDDING], (64,), weights.pop("blocks.0.ln0.weight"), weights.pop("blocks.0.ln0.bias"), 1e-5
-        )
+        raw = [source.source(source.sources[n]) for n in (EMBEDDING, "blocks.0.ln0.weight", "blocks.0.ln0.bias")]
+        weights[EMBEDDING] = torch.nn.functional.layer_norm(raw[0], (64,), *raw[1:], 1e-5)
         assert set(engine.tensors) == set(weights)
         for name, entry in engine.tensors.items():
             is_vector = len(entry.shape) == 1

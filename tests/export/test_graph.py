@@ -40,7 +40,7 @@ def torch_step(engine: EngineFile, tokens: list[int]) -> tuple[np.ndarray, dict[
     version = version_named(engine.spec.version)
     generator = torch.Generator().manual_seed(5)
     before = {t.name: torch.randn(len(tokens), *t.shape, generator=generator) for t in engine.state_spec.tensors}
-    logits, after = version.step(engine.spec, EagerOps(weights), weights[EMBEDDING][tokens], before)
+    logits, after = version.step(engine.spec, EagerOps(weights), (weights[EMBEDDING][tokens],), before)
     flat = {f"state_in.{name}": tensor.numpy() for name, tensor in before.items()}
     flat |= {f"state_out.{name}": tensor.numpy() for name, tensor in after.items()}
     return logits.numpy(), flat

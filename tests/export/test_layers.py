@@ -9,13 +9,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 
 from onnx import GraphProto, ModelProto, helper  # noqa: E402
-from random_checkpoint import random_rwkv7, save  # noqa: E402
+from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
 
 from goslet.errors import GosletError  # noqa: E402
 from goslet.export import graph, recipe  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.layers import repeat_last_layer  # noqa: E402
-from goslet.spec import EMBEDDING  # noqa: E402
 
 
 def wired(model: ModelProto) -> list[tuple[str, list[str], list[bytes]]]:
@@ -31,16 +30,25 @@ def wired(model: ModelProto) -> list[tuple[str, list[str], list[bytes]]]:
     return nodes + results
 
 
-def test_repeating_equals_tracing_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"n_layer": 5, "n_embd": 32, "head_size": 16, "vocab_size": 20, "rank_w": 4, "rank_a": 4, "rank_g": 4}
-    save(random_rwkv7(**shape), tmp_path / "x.pth")
+SHAPE = {"n_layer": 5, "n_embd": 32, "vocab_size": 20}
+MODELS = {
+    "4": random_rwkv4(**SHAPE),
+    "5.2": random_rwkv5("5.2", **SHAPE, head_size=16),
+    "6": random_rwkv6(**SHAPE, head_size=16, rank_mix=4, rank_decay=4),
+    "7": random_rwkv7(**SHAPE, head_size=16, rank_w=4, rank_a=4, rank_g=4),
+    "7a": random_rwkv7(**SHAPE, head_size=16, rank_w=4, rank_a=4, rank_g=4, rank_s=3),
+}
+
+
+@pytest.mark.parametrize("version", MODELS)
+def test_repeating_equals_tracing_every_layer(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(MODELS[version], tmp_path / "x.pth")
     with open_checkpoint(tmp_path / "x.pth") as source:
         chosen = recipe("int4")
-        kept = [rule for rule in source.rules if rule.name not in source.version.folded(source.spec) | {EMBEDDING}]
-        formats = {rule.name: chosen.format_of(rule) for rule in kept}
-        repeated = graph.trace_step(source.version, source.spec, formats)
+        formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
+        repeated = graph.trace_step(source.version, source.spec, source.rules, formats)
         monkeypatch.setattr(graph, "TRACED_LAYERS", 100)
-        whole = graph.trace_step(source.version, source.spec, formats)
+        whole = graph.trace_step(source.version, source.spec, source.rules, formats)
     assert [v.SerializeToString() for v in repeated.graph.input] == [v.SerializeToString() for v in whole.graph.input]
     assert wired(repeated) == wired(whole)
     initializers = [{i.name: i.SerializeToString() for i in model.graph.initializer} for model in (repeated, whole)]

@@ -152,12 +152,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The smallest engine that runs, with its tensors in the order that the attacks want, an int4 one first."""
     vocab_size, width, f32 = 256, 64, WeightFormat("f32")
     program = {
-        "version": 1,
+        "version": 2,
         "registers": {"x": width, "y": width},
-        "input": "x",
+        "input": ["x"],
         "steps": [
             {"op": "norm_shift", "x": "x", "norm": "norm", "eps": 1e-5, "shift": "0.shift",
-             "mixes": [{"mix": "mix", "out": "y"}]},
+             "mixes": [{"mix": "mix", "out": "y"}], "normed": None, "previous": None},
             {"op": "logits", "x": "y", "norm": "norm", "eps": 1e-5, "weight": "head"},
         ],
     }  # fmt: skip

@@ -159,7 +159,7 @@ def test_ctrl_c_during_an_export_leaves_nothing(
 ) -> None:
     from goslet.export import exporter
 
-    encode, calls = exporter.encode, []
+    encode, calls = exporter.encode_blocks, []
 
     def encode_and_interrupt(*args: Any) -> Any:
         calls.append(args)
@@ -167,7 +167,7 @@ def test_ctrl_c_during_an_export_leaves_nothing(
             os.kill(os.getpid(), signal.SIGINT)
         return encode(*args)
 
-    monkeypatch.setattr(exporter, "encode", encode_and_interrupt)
+    monkeypatch.setattr(exporter, "encode_blocks", encode_and_interrupt)
     outcome = run("export", tiny_checkpoint, "-o", tmp_path / "out.goslet")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "goslet: interrupted\n")
     assert len(calls) == 5

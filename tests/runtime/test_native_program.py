@@ -45,21 +45,33 @@ def top(key: str, value: object) -> Callable[[Program], None]:
 
 
 FAULTS: dict[str, tuple[Callable[[Program], object], str]] = {
-    "another version": (top("version", 2), "another version"),
+    "another version": (top("version", 1), "another version"),
     "no steps": (top("steps", []), "no steps"),
     "steps that are no list": (top("steps", {}), "steps"),
     "no logits": (lambda p: p["steps"].pop(), "logits"),
     "logits before the end": (lambda p: p["steps"].insert(0, p["steps"][-1]), "logits"),
     "an unknown op": (lambda p: step(p, "wkv7").update(op="wkv9"), "does not know"),
     "a missing member": (lambda p: step(p, "wkv7").pop("k_k"), "k_k"),
-    "an input of another size": (top("input", "hidden"), "wrong size"),
+    "an input of another size": (top("input", ["hidden"]), "wrong shape"),
+    "no input": (top("input", []), "no registers"),
+    "an input that comes twice": (top("input", ["x", "x"]), "comes twice"),
+    "an input that is no register": (top("input", ["nowhere"]), "not a register"),
+    "a product of a piece of the token": (
+        lambda p: (
+            p["registers"].update(x=32, piece=32),
+            p.update(input=["x", "piece"]),
+            p["steps"].insert(0, step(p, "linear")),
+            change("products.0.x", "piece")(p),
+        ),
+        "piece of the token",
+    ),
     "a register of no size": (lambda p: p["registers"].update(x=0), "out of range"),
     "a register too large": (lambda p: p["registers"].update(x=1 << 40), "out of range"),
     "registers too large together": (
         lambda p: p["registers"].update({f"more{i}": 1 << 20 for i in range(8)}),
         "too much memory",
     ),
-    "too many registers": (lambda p: p["registers"].update({f"more{i}": 1 for i in range(300)}), "too many"),
+    "too many registers": (lambda p: p["registers"].update({f"more{i}": 1 for i in range(2100)}), "too many"),
     "an unknown register": (change("products.0.x", "nowhere"), "not a register"),
     "an unknown tensor": (change("products.0.weight", "nothing"), "missing"),
     "a matrix of another shape": (change("products.0.weight", "head.weight"), "wrong shape"),
@@ -69,9 +81,30 @@ FAULTS: dict[str, tuple[Callable[[Program], object], str]] = {
     "a product into its input": (change("products.0.out", "mixed_r"), "touch each other"),
     "two products into one register": (change("products.1.out", "r"), "touch each other"),
     "two products that are added": (
-        lambda p: [one.update(add=True) for one in step(p, "linear")["products"][:2]],
+        lambda p: [one.update(combine="add") for one in step(p, "linear")["products"][:2]],
         "only one product",
     ),
+    "an unknown way to combine": (change("products.0.combine", "subtract"), "no way to combine"),
+    "too few operands": (change("products.0.combine", "gate"), "number of operands"),
+    "too many operands": (change("products.0.operands", ["r"]), "number of operands"),
+    "an operand of another size": (
+        lambda p: step(p, "linear")["products"][0].update(combine="gate", operands=["hidden"]),
+        "wrong size",
+    ),
+    "an operand that is no register": (
+        lambda p: step(p, "linear")["products"][0].update(combine="gate", operands=["nowhere"]),
+        "not a register",
+    ),
+    "an operand that is stretched over": (
+        lambda p: step(p, "linear")["products"][0].update(combine="lerp", operands=["v", "r"]),
+        "overwrite",
+    ),
+    "an operand that another product makes": (
+        lambda p: step(p, "linear")["products"][0].update(combine="gate", operands=["k"]),
+        "touch each other",
+    ),
+    "a norm kept in its input": (change("normed", "x", "norm_shift"), "overwrite"),
+    "a shift kept where a mix goes": (change("previous", "mixed_r", "norm_shift"), "overwrite"),
     "no products": (change("products", []), "no products"),
     "a mix into its input": (change("mixes.0.out", "x", "norm_shift"), "overwrite"),
     "an eps of zero": (change("eps", 0, "norm_shift"), "positive"),

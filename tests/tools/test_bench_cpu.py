@@ -65,13 +65,11 @@ def eager_logits(checkpoint: Path) -> np.ndarray:
 
     with open_checkpoint(checkpoint) as source, torch.no_grad():
         weights = source.weights()
-        weights[EMBEDDING] = source.version.fold_embedding(weights, source.spec)
         state = {t.name: torch.full((1, *t.shape), t.init) for t in source.version.state_spec(source.spec).tensors}
         rows = []
         for token in TOKENS[:12]:
-            row, state = source.version.step(
-                source.spec, EagerOps(weights), weights[EMBEDDING][token : token + 1], state
-            )
+            pieces = (weights[EMBEDDING][token : token + 1],)
+            row, state = source.version.step(source.spec, EagerOps(weights), pieces, state)
             rows.append(row[0].numpy())
     return np.stack(rows)
 
@@ -113,7 +111,7 @@ def test_bytes_per_token_counts_every_weight_that_a_step_reads_once(checkpoint: 
     write_gguf(checkpoint, tmp_path / "x.gguf", "F32")
     with open_checkpoint(checkpoint) as source:
         spec = source.spec
-        numbers = sum(int(np.prod(rule.stored_shape)) for rule in source.rules if rule.name != "emb.weight")
+        numbers = sum(int(np.prod(s.shape)) for name, s in source.sources.items() if name != "emb.weight")
     state = spec.n_layer * spec.n_embd * (2 + spec.head_size)
     assert bytes_per_token(tmp_path / "x.gguf") == 4 * (numbers + spec.n_embd + state)
 

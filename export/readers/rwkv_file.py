@@ -1,0 +1,114 @@
+"""RWKV's own files: a ``.pth`` or a ``.safetensors``, memory-mapped, one tensor at a time.
+
+A ``.pth`` is a pickle, but it is only ever read by torch's restricted unpickler, which builds tensors and refuses
+everything else; no code from the file runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, DependencyError, UnsafeCheckpointError, first_line
+from .stored import FloatTensor, StoredModel
+
+
+def read_pth(path: Path) -> StoredModel:
+    """The tensors of a ``.pth``.
+
+    Raises:
+        CheckpointError: it is not a readable dictionary of plain tensors.
+        UnsafeCheckpointError: it is a pickle that would run code.
+    """
+    return StoredModel("pth", {name: FloatTensor(tensor) for name, tensor in load_pth(path).items()})
+
+
+def read_safetensors(path: Path) -> StoredModel:
+    """The tensors of a ``.safetensors`` file in RWKV's own names.
+
+    Raises:
+        CheckpointError: it is not readable.
+        DependencyError: safetensors is not installed.
+    """
+    return StoredModel("safetensors", {name: FloatTensor(t) for name, t in load_safetensors(path).items()})
+
+
+def load_pth(path: Path) -> dict[str, Tensor]:
+    """As `read_pth`, as torch's own tensors; for files of any names."""
+    mapped = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower() or "unsupported class" in str(error).lower():
+            raise UnsafeCheckpointError(
+                "is a pickle that does more than hold tensors, and goslet never runs code from a file",
+                file=path,
+                expected="a dictionary of tensors",
+                remedy="save its state_dict with torch.save, or as .safetensors",
+            ) from error
+        raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
+    except Exception as error:  # a damaged pickle can fail anywhere in torch
+        raise CheckpointError(
+            f"is not a readable .pth file: {first_line(error)}",
+            file=path,
+            remedy="check that the download is complete",
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            "does not hold a dictionary of tensors", file=path, expected="name → tensor", found=type(content).__name__
+        )
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                "holds something that is not a tensor",
+                file=path,
+                place=str(name),
+                expected="a tensor",
+                found=type(tensor).__name__,
+                remedy="save the model's state_dict alone",
+            )
+        _check_plain(name, tensor, path)
+    return dict(content)
+
+
+def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
+    """Only tensors whose numbers all lie in the file: a view can claim to be far larger than what was stored."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    if not plain or tensor.is_neg() or tensor.is_conj() or tensor.is_quantized:
+        raise CheckpointError("is not a plain tensor", file=path, place=name, expected="a dense one on the CPU")
+    size_bytes = tensor.numel() * tensor.element_size()
+    if size_bytes > path.stat().st_size:
+        raise CheckpointError(
+            "a tensor is larger than the file",
+            file=path,
+            place=name,
+            expected=f"at most {path.stat().st_size} bytes",
+            found=f"{size_bytes} bytes",
+        )
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """As `read_safetensors`, as torch's own tensors; for files of any names."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "safetensors is not installed, which reading this file needs", file=path, remedy="pip install safetensors"
+        ) from error
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, RuntimeError, ValueError, OSError, AttributeError) as error:
+        raise CheckpointError(
+            f"is not a readable .safetensors file: {first_line(error)}",
+            file=path,
+            remedy="check that the download is complete",
+        ) from error

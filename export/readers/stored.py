@@ -1,0 +1,79 @@
+"""What every reader gives: tensors under RWKV's own names and in its own shapes, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..models.tensors import Shape
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file.
+
+    Attributes:
+        shape: its shape in RWKV's own files, whatever it is in this one.
+        dtype: how its numbers are stored, for people.
+        readable: whether goslet reads that.
+    """
+
+    @property
+    def shape(self) -> Shape: ...  # noqa: D102 - the class says it
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def readable(self) -> bool: ...  # noqa: D102
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows, all with `slice(None)`, in float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class FloatTensor:
+    """A tensor that torch has mapped from a file."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        """Its type as torch calls it."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is of one of the floating types that models are stored in."""
+        return self.tensor.dtype in _FLOATS
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows in float32; a copy, unless that is its type."""
+        return self.tensor.detach()[rows].to(torch.float32) if self.tensor.ndim else self.tensor.detach().float()
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a reader found.
+
+    Attributes:
+        format: ``"pth"``, ``"safetensors"``, ``"hf"`` or ``"gguf"``.
+        tensors: every tensor by RWKV's own name.
+        norm_eps: eps of the per-head group norm where the file says it.
+        tokenizer: a vocabulary file that belongs to the model, where there is one.
+    """
+
+    format: str
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    norm_eps: float | None = None
+    tokenizer: Path | None = None
