@@ -65,6 +65,7 @@ setup(
             "onnx>=1.18",
             "onnxscript>=0.5",
             "safetensors>=0.4",
+            "gguf>=0.17",
             "pyrwkv-tokenizer>=0.9",
             "tqdm>=4.60",
         ],

@@ -126,7 +126,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
     """Open and recognise a checkpoint.
 
     Args:
-        path: an RWKV ``.pth`` or ``.safetensors`` file; told apart by content, not by name.
+        path: an RWKV ``.pth``, ``.safetensors`` or ``.gguf`` file, told apart by content, not by name, or a Hugging
+            Face folder.
         norm_eps: eps of the per-head group norm, where the checkpoint was trained with another than its version's.
 
     Raises:
@@ -135,9 +136,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
         MissingTensorError, ExtraTensorError, TensorShapeError: the tensors are not those that the version needs.
     """
     path = Path(path)
-    model = read_model(path)
-    tensors = model.tensors
     try:
+        model = read_model(path)
+        tensors = model.tensors
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         version = recognise(shapes)
         spec = _checked(version.read_spec(shapes, model.norm_eps if norm_eps is None else norm_eps))
@@ -149,7 +150,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
                 raise CheckpointError(
                     "a tensor has a dtype that goslet does not read",
                     place=name,
-                    expected="float32, float16 or bfloat16",
+                    expected="float32, float16, bfloat16 or, in GGUF, Q8_0, Q4_0, Q5_0, Q4_K, Q5_K or Q6_K",
                     found=tensors[name].dtype,
                 )
     except CheckpointError as error:
@@ -158,6 +159,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
 
 
 def _in_file(error: CheckpointError, path: Path) -> CheckpointError:
+    """The error with the file's name, where it does not name one of its own."""
+    path = path if error.file is None else Path(error.file)
     return type(error)(
         error.problem, file=path, place=error.place, expected=error.expected, found=error.found, remedy=error.remedy
     )

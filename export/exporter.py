@@ -63,12 +63,14 @@ def export_engine(
     """Compile a checkpoint into an engine file, which appears whole or not at all.
 
     Args:
-        checkpoint: an RWKV ``.pth`` or ``.safetensors`` file of version 4, 5, 6, 7 or 7a.
+        checkpoint: an RWKV of version 4, 5, 6, 7 or 7a: a ``.pth``, ``.safetensors`` or ``.gguf`` file, or a Hugging
+            Face folder.
         path: the engine file to write.
         quant: f32, f16, bf16, int8 or int4, or a recipe of one's own.
         group: weights that share a scale, 32, 64 or 128; for int8 and int4.
-        tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means bytes
-            for a vocabulary of 256, and for any other an engine that takes and gives token ids only.
+        tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means the
+            one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
+            engine that takes and gives token ids only.
         norm_eps: eps of the per-head group norm; None is the version's own.
         onnx: write also a self-contained ONNX model that takes a token, here.
         overwrite: replace files that exist.
@@ -92,7 +94,7 @@ def export_engine(
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
     with open_checkpoint(checkpoint, norm_eps=norm_eps) as source:
         spec, version = source.spec, source.version
-        vocabulary = _tokenizer(tokenizer, spec.vocab_size)
+        vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
         formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
         report_progress("tracing", 0, 1)

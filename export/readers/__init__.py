@@ -6,12 +6,14 @@ import struct
 from pathlib import Path
 
 from ...errors import CheckpointError
+from .gguf_file import read_gguf
+from .hf_folder import read_folder
 from .rwkv_file import read_pth, read_safetensors
 from .stored import StoredModel, StoredTensor
 
 __all__ = ["StoredModel", "StoredTensor", "read_model"]
 
-_READERS = {"pth": read_pth, "safetensors": read_safetensors}
+_READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf, "hf": read_folder}
 
 
 def read_model(path: Path) -> StoredModel:
@@ -27,9 +29,9 @@ def _sniff(path: Path) -> str:
     try:
         size_bytes = path.stat().st_size
         if path.is_dir():
-            raise CheckpointError("is a folder", file=path, expected="a .pth or .safetensors file")
+            return "hf"
         if not path.is_file():
-            raise CheckpointError("is not a regular file", file=path, expected="a .pth or .safetensors file")
+            raise CheckpointError("is not a regular file", file=path, expected="a .pth, .safetensors or .gguf file")
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
@@ -37,16 +39,18 @@ def _sniff(path: Path) -> str:
             f"cannot be read: {error.strerror}", file=path, remedy="check the path and its permissions"
         ) from None
     if not head:
-        raise CheckpointError("is empty", file=path, expected="a .pth or .safetensors file", found="0 bytes")
+        raise CheckpointError("is empty", file=path, expected="a .pth, .safetensors or .gguf file", found="0 bytes")
+    if head[:4] == b"GGUF":
+        return "gguf"
     if len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size_bytes:
         return "safetensors"
     if head[:4] == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return "pth"
     raise CheckpointError(
-        "is neither a .pth nor a .safetensors file, or is cut off",
+        "is neither a .pth nor a .safetensors nor a .gguf file, or is cut off",
         file=path,
         place="byte 0",
-        expected="a zip archive, a pickle or a safetensors header",
+        expected="a zip archive, a pickle, GGUF or a safetensors header",
         found=head[:8].hex(" "),
         remedy="check that the download is complete",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.tensors import Shape
+from ...errors import TensorShapeError
+from ..models.tensors import Shape, squeezed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,6 +61,64 @@ class FloatTensor:
     def read(self, rows: slice) -> Tensor:
         """Some rows in float32; a copy, unless that is its type."""
         return self.tensor.detach()[rows].to(torch.float32) if self.tensor.ndim else self.tensor.detach().float()
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """A tensor that a file holds in another form than RWKV's own files do.
+
+    Attributes:
+        source: what the file holds.
+        shape: the shape that it has here.
+        convert: from all of it, in float32, to that shape.
+    """
+
+    source: StoredTensor
+    shape: Shape
+    convert: Callable[[Tensor], Tensor]
+
+    @property
+    def dtype(self) -> str:
+        """As the file has it."""
+        return self.source.dtype
+
+    @property
+    def readable(self) -> bool:
+        """Whether goslet reads that."""
+        return self.source.readable
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows of the converted tensor in float32."""
+        return self.convert(self.source.read(slice(None))).reshape(self.shape)[rows]
+
+
+def turned(source: StoredTensor) -> ConvertedTensor:
+    """A matrix that the file holds the other way round.
+
+    Raises:
+        TensorShapeError: it is no matrix.
+    """
+    if len(source.shape) != 2:
+        raise TensorShapeError("is not a matrix", expected="2 axes", found=list(source.shape))
+    return ConvertedTensor(source, (source.shape[1], source.shape[0]), lambda tensor: tensor.T)
+
+
+def shares(source: StoredTensor, letters: str) -> dict[str, ConvertedTensor]:
+    """The shares of the token before, one vector for each letter, that a file stacks into one tensor.
+
+    Raises:
+        TensorShapeError: it stacks another number of them.
+    """
+    shape = squeezed(source.shape)
+    if len(shape) != 2 or shape[0] != len(letters):
+        raise TensorShapeError(
+            "does not stack a share for each projection", expected=f"{len(letters)} rows", found=list(source.shape)
+        )
+
+    def row(index: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor.reshape(shape)[index]
+
+    return {letter: ConvertedTensor(source, shape[1:], row(index)) for index, letter in enumerate(letters)}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="an RWKV .pth or .safetensors file")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="an RWKV .pth, .safetensors or .gguf file, or a Hugging Face folder"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the engine file to write: NAME.goslet")
     parser.add_argument(
         "--quant", choices=FORMAT_NAMES, default="int8", help="how weights are stored (default: %(default)s)"

@@ -12,7 +12,8 @@ from random_checkpoint import save  # noqa: E402
 import goslet  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
-from goslet.export.models.blocks import EagerOps, token_pieces  # noqa: E402
+from goslet.export.models import blocks  # noqa: E402
+from goslet.export.models.blocks import EagerOps, layer_norm, token_pieces  # noqa: E402
 from goslet.export.verify import verify_engine  # noqa: E402
 
 from .oracle import MODELS, Golden, compute_goldens  # noqa: E402
@@ -111,6 +112,30 @@ def test_published_logits_of_trained_models(
         with goslet.open(path, backend=backend) as engine:
             logits = engine.session().feed(list(b'"in'))
             assert np.abs(logits - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY if name[0] in "456"])
+def test_numbers_beyond_fp16_are_no_overflow(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the residual passes fp16's end: weights may be fp16, but states, sums and the residual are float32."""
+    largest = [0.0]
+
+    def watched(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        largest.append(float(x.abs().max()))
+        return layer_norm(x, *rest)
+
+    tensors = MODELS[name](seed=8)
+    for key, tensor in tensors.items():
+        if key.endswith(("att.output.weight", "ffn.value.weight")):
+            tensor *= 4e4  # the weights stay within fp16
+        if key.endswith("att.key.weight"):
+            tensor *= 10
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f16", tokenizer=None)
+    monkeypatch.setattr(blocks, "layer_norm", watched)
+    for backend in ("ort", "native"):
+        report = verify_engine(tmp_path / "x.goslet", tmp_path / "x.pth", backend=backend, n_tokens=24)
+        assert report.passed, [check for check in report.checks if not check.passed]
+    assert max(largest) > 65504
 
 
 @pytest.mark.parametrize("name", FAMILY)
