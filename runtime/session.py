@@ -101,15 +101,21 @@ class Session:
         with self._engine.turn(), self._lock:
             return Session(self._engine, self._state.clone())
 
-    def reset(self) -> None:
-        """Go back to the fresh state.
+    def reset(self, initial: Mapping[str, NDArray[np.float32]] | None = None) -> None:
+        """Go back to the fresh state, or to one with other initial numbers.
+
+        Args:
+            initial: numbers for some of the state's tensors, by name, float32 in their shapes; for example what
+                `goslet.export.tuned_state.read_tuned_state` gives.
 
         Raises:
+            StateMismatchError: the state has no such tensor, or of another shape; it is then unchanged.
+            StateError: a number is not finite, or this thread is within another call of this engine's sessions; the
+                state is then unchanged.
             InputError: the engine was opened by another process.
-            StateError: this thread is within another call of this engine's sessions.
         """
         with self._engine.turn(), self._lock:
-            self._state.reset()
+            self._state.reset(initial)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, replacing one that exists.

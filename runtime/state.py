@@ -105,10 +105,28 @@ class State:
         self._counts[back][0] = min(self.tokens_seen + 1, MAX_TOKENS_SEEN)
         self._front = back
 
-    def reset(self) -> None:
-        """Return to the fresh state."""
+    def reset(self, initial: Mapping[str, NDArray[np.float32]] | None = None) -> None:
+        """Return to the fresh state, with the numbers of `initial` in its tensors of those names.
+
+        Raises:
+            StateMismatchError: the state has no such tensor, or of another shape; it is then unchanged.
+            StateError: a number is not finite; the state is then unchanged.
+        """
+        shapes = {tensor.name: tensor.shape for tensor in self.spec.tensors}
+        given = {name: np.asarray(values, np.float32) for name, values in (initial or {}).items()}
+        for name, values in given.items():
+            if shapes.get(name) != values.shape:
+                raise StateMismatchError(
+                    "is not a tensor of this model's state",
+                    place=f"tensor {name}",
+                    expected=list(shapes[name]) if name in shapes else ", ".join(list(shapes)[:3]) + ", …",
+                    found=list(values.shape),
+                )
+        _check_finite(given.items(), None)
         for buffer in self._buffers:
             buffer.reset()
+        for name, values in given.items():
+            self.front[name][:] = values
 
     def clone(self) -> State:
         """An independent state with the same values, buffering and token count."""
@@ -228,7 +246,7 @@ def _count_view(spec: StateSpec, buffer: StateBuffer) -> NDArray[np.int64]:
     return buffer.tensor(len(spec.tensors)).view(np.int64)
 
 
-def _check_finite(tensors: Iterable[tuple[str, NDArray[np.float32]]], file: Path) -> None:
+def _check_finite(tensors: Iterable[tuple[str, NDArray[np.float32]]], file: Path | None) -> None:
     for name, values in tensors:
         finite = np.isfinite(values)
         if not finite.all():

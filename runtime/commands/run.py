@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..errors import TokenizerError
 from ..session import Engine, Session
 from .console import Console, Interruption
+from .export import need_export_packages
 from .flags import (
     UsageError,
     add_backend_flags,
@@ -52,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_flags(parser)
     add_backend_flags(parser)
-    parser.add_argument("--state-in", metavar="FILE", help="go on from this state instead of a fresh one")
+    parser.add_argument(
+        "--state-in",
+        metavar="FILE",
+        help="go on from this state instead of a fresh one; or begin with a tuned one, a .pth with time_state",
+    )
     parser.add_argument("--state-out", metavar="FILE", help="save the state at the end")
 
 
@@ -67,7 +72,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     with open_engine(args) as engine:
         session = engine.session()
         if args.state_in is not None:
-            session.load(args.state_in)
+            _take_state(session, args.state_in)
         tokens = _prompt_tokens(engine, prompt, args)
 
         def generate(last: Sequence[int]) -> Iterator[str]:
@@ -85,6 +90,22 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         if interruption.requested:
             raise KeyboardInterrupt("" if args.state_out is None else f"the state so far is in {args.state_out}")
     return 0
+
+
+def _take_state(session: Session, path: str) -> None:
+    """Load a state file, or a tuned initial state, which is a zip archive of torch's."""
+    try:
+        with open(path, "rb") as file:
+            is_tuned = file.read(4) == b"PK\x03\x04"
+    except OSError:  # `load` says what is wrong
+        is_tuned = False
+    if not is_tuned:
+        session.load(path)
+        return
+    need_export_packages()
+    from ..export.tuned_state import read_tuned_state
+
+    session.reset(read_tuned_state(path, session.engine.spec))
 
 
 def _prompt_argument(args: argparse.Namespace) -> str | list[int] | None:

@@ -1,0 +1,69 @@
+"""Tuned initial states: what RWKV's trainers save as ``blocks.N.att.time_state`` when they tune nothing but the state.
+
+Such a file holds one matrix [H, N, N] for every layer. It lies transposed to the inference layout, which is that of
+PyPI's ``rwkv`` and ours: for versions 5 and 6, whose states are [head, key, value], the file has [head, value, key];
+for 7, whose states are [head, value, key], it has [head, key, value].
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError, MissingTensorError, TensorShapeError, TensorValueError
+from ..spec import ModelSpec
+from .models.tensors import squeezed
+from .readers.rwkv_file import load_pth
+
+
+def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
+    """The state's matrices in a model's own layout, float32 [H, N, N] by name (``0.wkv`` and so on).
+
+    Args:
+        path: a ``.pth`` file with ``blocks.N.att.time_state`` for every layer; other tensors in it are not read.
+        spec: the model that it was tuned for.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the model is an RWKV-4, which has no such states.
+        MissingTensorError, TensorShapeError, TensorValueError: a layer's matrix is not there, has another shape than
+            the model's, or is not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError("is no file", file=path, remedy="check the path")
+    if spec.version == "4":
+        raise CheckpointError("is for a model with matrix states, which RWKV-4 is not", file=path)
+    tensors = load_pth(path)
+    wanted = (spec.n_head, spec.head_size, spec.head_size)
+    matrices = {}
+    for layer in range(spec.n_layer):
+        name = f"blocks.{layer}.att.time_state"
+        if name not in tensors:
+            raise MissingTensorError(
+                "holds no tuned state of a layer",
+                file=path,
+                place=name,
+                expected=f"one of each of {spec.n_layer} layers",
+                found=", ".join(sorted(tensors)[:3])[:100] or "nothing",
+                remedy="give the .pth that state tuning saved for this model",
+            )
+        tensor = tensors[name].detach()
+        if squeezed(tensor.shape) != squeezed(wanted):
+            raise TensorShapeError(
+                "is the state of another model",
+                file=path,
+                place=name,
+                expected=list(wanted),
+                found=list(tensor.shape),
+            )
+        matrix = tensor.to(torch.float32).reshape(wanted).transpose(1, 2).contiguous()
+        if not torch.isfinite(matrix).all():
+            raise TensorValueError("a tensor holds NaN or infinity", file=path, place=name, expected="finite numbers")
+        matrices[f"{layer}.wkv"] = matrix.numpy()
+    if any(name.startswith(f"blocks.{spec.n_layer}.") for name in tensors):
+        raise CheckpointError("is the state of a model with more layers", file=path, expected=f"{spec.n_layer} layers")
+    return matrices

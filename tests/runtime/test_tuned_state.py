@@ -1,0 +1,137 @@
+"""Tuned initial states, for 5 and 6 against PyPI's rwkv, which takes them inside a checkpoint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="exporting needs torch")
+
+from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
+
+import goslet  # noqa: E402
+from goslet.errors import (  # noqa: E402
+    CheckpointError,
+    MissingTensorError,
+    StateError,
+    StateMismatchError,
+    TensorShapeError,
+    TensorValueError,
+)
+from goslet.export import export_engine  # noqa: E402
+from goslet.export.tuned_state import read_tuned_state  # noqa: E402
+
+from .command_line import Run  # noqa: E402
+
+SHAPE = {"n_layer": 2, "n_embd": 48, "head_size": 16, "vocab_size": 256}
+MODELS = {
+    "5.2": random_rwkv5("5.2", **SHAPE, seed=3),
+    "6": random_rwkv6(**SHAPE, rank_mix=8, rank_decay=8, seed=3),
+}
+SEVEN = random_rwkv7(**SHAPE, rank_w=8, rank_a=8, rank_v=8, rank_g=8, seed=3)
+
+
+def tuned(seed: int = 4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"blocks.{layer}.att.time_state": torch.randn(3, 16, 16, generator=generator) for layer in range(2)}
+
+
+@pytest.mark.parametrize("version", MODELS)
+def test_a_session_from_a_tuned_state_equals_pypi_rwkv(version: str, tmp_path: Path) -> None:
+    pytest.importorskip("rwkv", reason="PyPI's rwkv is the oracle here")
+    save(tuned(), tmp_path / "state.pth")
+    save(MODELS[version], tmp_path / "x.pth")
+    save({**MODELS[version], **tuned()}, tmp_path / "both.pth")
+    tokens = np.random.default_rng(3).integers(0, 256, (1, 30))
+    np.save(tmp_path / "tokens.npy", tokens)
+    program = Path(__file__).parents[1] / "export/rwkv_oracle.py"
+    command = [sys.executable, program, "old", tmp_path / "out.npz", tmp_path / "tokens.npy", tmp_path / "both.pth"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    expected = np.load(tmp_path / "out.npz")["logits_0"]
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    for backend in ("ort", "native"):
+        with goslet.open(tmp_path / "x.goslet", backend=backend, threads=1) as engine:
+            session = engine.session()
+            fresh = session.feed(tokens[0], all_logits=True)
+            session.reset(read_tuned_state(tmp_path / "state.pth", engine.spec))
+            assert session.tokens_seen == 0
+            found = session.feed(tokens[0], all_logits=True)
+        assert np.abs(found - expected).max() <= 3e-5 * np.abs(expected).max()
+        assert np.abs(fresh - expected).max() > 1e-2 * np.abs(expected).max(), "the state must matter"
+
+
+def test_a_tuned_state_of_version_7_has_keys_before_values(tmp_path: Path) -> None:
+    """rwkv takes none for 7; trainers keep [head, key, value] there, and its states are [head, value, key]."""
+    save(SEVEN, tmp_path / "x.pth")
+    save(tuned(), tmp_path / "state.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        assert next(t.axes for t in engine.state_spec.tensors if t.name == "0.wkv") == "head,value,key"
+        session = engine.session()
+        session.reset(read_tuned_state(tmp_path / "state.pth", engine.spec))
+        for layer in range(2):
+            expected = tuned()[f"blocks.{layer}.att.time_state"].transpose(1, 2).numpy()
+            np.testing.assert_array_equal(session.state.front[f"{layer}.wkv"], expected)
+            assert not session.state.front[f"{layer}.att_shift"].any()
+
+
+def test_run_begins_with_a_tuned_state(run: Run, tmp_path: Path) -> None:
+    save(SEVEN, tmp_path / "x.pth")
+    save(tuned(), tmp_path / "state.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    words = ("run", tmp_path / "x.goslet", "--tokens", "1,2,3", "-n", "12", "--temperature", "0", "--quiet")
+    fresh = run(*words)
+    begun = run(*words, "--state-in", tmp_path / "state.pth", "--state-out", tmp_path / "after.state")
+    assert (fresh.code, begun.code) == (0, 0)
+    assert begun.out != fresh.out
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        session = engine.session()
+        session.load(tmp_path / "after.state")
+        assert session.tokens_seen == 3 + 12
+
+
+def test_files_that_are_no_state_of_the_model(run: Run, tmp_path: Path) -> None:
+    save(SEVEN, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    whole = tuned()
+    nan = {name: tensor.clone() for name, tensor in whole.items()}
+    nan["blocks.1.att.time_state"][0, 0, 0] = float("nan")
+    bad: dict[str, tuple[dict[str, torch.Tensor], type[CheckpointError]]] = {
+        "one layer": ({"blocks.0.att.time_state": whole["blocks.0.att.time_state"]}, MissingTensorError),
+        "a model": (SEVEN, MissingTensorError),
+        "more layers": ({**whole, "blocks.2.att.time_state": torch.zeros(3, 16, 16)}, CheckpointError),
+        "other heads": ({name: torch.zeros(6, 8, 8) for name in whole}, TensorShapeError),
+        "not finite": (nan, TensorValueError),
+    }
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        for tensors, error in bad.values():
+            save(tensors, tmp_path / "bad.pth")
+            with pytest.raises(error, match=r"bad\.pth"):
+                read_tuned_state(tmp_path / "bad.pth", engine.spec)
+        with pytest.raises(CheckpointError, match="no file"):
+            read_tuned_state(tmp_path / "absent.pth", engine.spec)
+        session = engine.session()
+        session.feed([1, 2, 3])
+        before = {name: view.copy() for name, view in session.state.front.items()}
+        for initial, refused in (
+            ({"9.wkv": np.zeros((3, 16, 16), np.float32)}, StateMismatchError),
+            ({"0.wkv": np.zeros((16, 16), np.float32)}, StateMismatchError),
+            ({"0.wkv": np.full((3, 16, 16), np.inf, np.float32)}, StateError),
+        ):
+            with pytest.raises(refused):
+                session.reset(initial)
+        assert session.tokens_seen == 3
+        for name, view in session.state.front.items():
+            np.testing.assert_array_equal(view, before[name])
+    outcome = run("run", tmp_path / "x.goslet", "--tokens", "1", "--state-in", tmp_path / "bad.pth")
+    assert outcome.code == 1 and "bad.pth" in outcome.err and outcome.out == ""
+
+
+def test_version_4_has_no_matrix_to_tune(tmp_path: Path) -> None:
+    save(random_rwkv4(n_layer=2, n_embd=48, vocab_size=256), tmp_path / "x.pth")
+    save(tuned(), tmp_path / "state.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    with goslet.open(tmp_path / "x.goslet") as engine, pytest.raises(CheckpointError, match="RWKV-4"):
+        read_tuned_state(tmp_path / "state.pth", engine.spec)
