@@ -15,6 +15,10 @@ from .console import Console, readable_size, run_command
 
 NAME = "export"
 SUMMARY = "compile a checkpoint into an engine file"
+SUGGESTED_TOKENIZERS = {
+    65536: "RWKV World models: for text, export again with --tokenizer world --force",
+    50277: "RWKV-4 Pile models: for text, export again with --tokenizer 20B_tokenizer.json --force",
+}
 
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
@@ -69,6 +73,9 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         f"made in {report.duration_s:.1f} s"
     )
     if report.tokenizer_kind is None:
+        suggestion = SUGGESTED_TOKENIZERS.get(report.spec.vocab_size)
+        if suggestion is not None:
+            console.note(f"a vocabulary of {report.spec.vocab_size} is that of {suggestion}")
         console.note(f'it takes and gives token ids; try: {run_command(args.output)} --tokens "1,2,3"')
     else:
         console.note(f"try: {run_command(args.output)} -p 'Once upon a time'")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
-gguf = pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-test.txt)")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-demo.txt)")
 
 from gguf_rwkv7 import write_gguf  # noqa: E402
 from random_checkpoint import random_rwkv4, random_rwkv6, random_rwkv7, save  # noqa: E402

@@ -141,6 +141,19 @@ def test_export_says_what_it_made_and_what_to_type_next(run: Run, tiny_checkpoin
     assert json.loads(run("inspect", engine, "--json").out)["provenance"]["recipe"]["name"] == "int4"
 
 
+@pytest.mark.parametrize(("vocab_size", "said"), [(65536, "World"), (50277, "RWKV-4 Pile"), (300, None)])
+def test_export_suggests_the_tokenizer_that_a_vocabulary_of_this_size_has(
+    vocab_size: int, said: str | None, run: Run, tmp_path: Path
+) -> None:
+    from random_checkpoint import random_rwkv4, save
+
+    save(random_rwkv4(n_layer=1, n_embd=16, vocab_size=vocab_size), tmp_path / "x.pth")
+    outcome = run("export", tmp_path / "x.pth", "-o", tmp_path / "x.goslet")
+    assert outcome.code == 0
+    assert ("is that of" in outcome.err) == (said is not None)
+    assert said is None or said in outcome.err
+
+
 def test_export_of_what_is_no_checkpoint_leaves_nothing(run: Run, tmp_path: Path) -> None:
     bad = tmp_path / "bad.pth"
     bad.write_bytes(b"no checkpoint")

@@ -28,7 +28,7 @@ TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], 512)
 
 def llama() -> None:
     """Skip where llama.cpp cannot be run."""
-    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-bench.txt)")
+    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-demo.txt)")
     from bench_contenders import import_llama
 
     try:
@@ -103,7 +103,7 @@ def test_llama_cpp_computes_the_same_from_our_gguf(tmp_path: Path, unused: bool)
 
 
 def test_bytes_per_token_counts_every_weight_that_a_step_reads_once(checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-bench.txt)")
+    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-demo.txt)")
     from gguf_rwkv7 import bytes_per_token, write_gguf
 
     from goslet.export.checkpoint import open_checkpoint
@@ -117,7 +117,7 @@ def test_bytes_per_token_counts_every_weight_that_a_step_reads_once(checkpoint: 
 
 
 def test_another_group_norm_eps_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-bench.txt)")
+    pytest.importorskip("gguf", reason="gguf is not installed (tools/requirements-demo.txt)")
     from gguf_rwkv7 import write_gguf
 
     import goslet.export.checkpoint as reading
