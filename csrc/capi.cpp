@@ -211,11 +211,16 @@ std::optional<VocabularyTrie> read_vocabulary(const EngineFile& file) {
 // What engine handles and sessions share.
 struct SharedEngine {
     SharedEngine(const char* path, const NativeOptions& options)
-        : file(path), vocabulary(read_vocabulary(file)), native(file.parts(), options), process(getpid()) {}
+        : file(path),
+          vocabulary(read_vocabulary(file)),
+          native(file.parts(), options),
+          fresh(file.fresh_state()),
+          process(getpid()) {}
 
     EngineFile file;
     std::optional<VocabularyTrie> vocabulary;
     NativeEngine native;
+    std::unique_ptr<StateBuffer> fresh;
     pid_t process;
 };
 
@@ -227,7 +232,9 @@ struct goslet_engine {
 
 struct goslet_session {
     explicit goslet_session(std::shared_ptr<SharedEngine> engine)
-        : engine(std::move(engine)), state(this->engine->native.state_layout()) {}
+        : engine(std::move(engine)), state(this->engine->native.state_layout()) {
+        state.copy_from(*this->engine->fresh);
+    }
 
     std::shared_ptr<SharedEngine> engine;
     StateBuffer state;
@@ -384,7 +391,7 @@ goslet_status goslet_session_reset(goslet_session* session) {
     return guarded("goslet_session_reset", [&] {
         require(session, "session");
         const Hold hold(*session);
-        session->state.reset();
+        session->state.copy_from(*session->engine->fresh);
     });
 }
 

@@ -5,12 +5,14 @@
 #include <set>
 #include <utility>
 
+#include "state_file.h"
+
 namespace goslet {
 namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 5, "engine file"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file"};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;
@@ -270,12 +272,21 @@ void EngineFile::read_header() {
     }
     container_.section("graph");
     for (const SectionEntry& entry : container_.sections()) {
-        const bool at_open = entry.name == "graph" || entry.name == "program" || entry.name == "tokenizer";
+        const bool at_open = entry.name == "graph" || entry.name == "program" || entry.name == "tokenizer" ||
+                             entry.name == "state";
         if (entry.verified_at_open != at_open) {
             refuse("is verified at the wrong time", "section " + entry.name, at_open ? "open" : "check");
         }
     }
     tensors_ = read_tensors(header.need("tensors", "header").array("tensors"), container_.section("weights"));
+}
+
+std::unique_ptr<StateBuffer> EngineFile::fresh_state() const {
+    auto state = std::make_unique<StateBuffer>(buffer_layout(state_spec_));
+    if (container_.find("state") != nullptr) {
+        fill_state(state_spec_, container_.section("state"), *state);
+    }
+    return state;
 }
 
 EngineParts EngineFile::parts() const {

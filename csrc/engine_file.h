@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "container.h"
 #include "native_engine.h"
+#include "state_buffer.h"
 #include "state_spec.h"
 
 namespace goslet {
@@ -26,6 +28,8 @@ class EngineFile {
     const std::string& tokenizer_kind() const noexcept { return tokenizer_kind_; }
     // What the tokenizer's kind needs; only where there is one.
     std::string_view tokenizer() const { return container_.section("tokenizer"); }
+    // What a session begins with. Throws ContainerError where the file's numbers for it are not whole or not finite.
+    std::unique_ptr<StateBuffer> fresh_state() const;
     // Views that are good while the file is open. Throws ContainerError where it has no program.
     EngineParts parts() const;
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <string_view>
 
 #include "container.h"
 
@@ -78,6 +77,20 @@ std::int64_t tokens_seen(const StateBuffer& state) {
     return count;
 }
 
+void fill_state(const StateSpec& spec, std::string_view values, StateBuffer& state) {
+    if (values.size() != spec.size_bytes()) {
+        throw ContainerError(Kind::kDamaged, "has a wrong length", "section state",
+                             std::to_string(spec.size_bytes()) + " bytes", std::to_string(values.size()) + " bytes");
+    }
+    std::size_t offset = 0;
+    for (std::size_t index = 0; index < spec.tensors.size(); ++index) {
+        const std::size_t n_bytes = spec.tensors[index].n_elements() * sizeof(float);
+        std::memcpy(state.tensor(index), values.data() + offset, n_bytes);
+        offset += n_bytes;
+    }
+    check_finite(spec, state);
+}
+
 void save_state(const std::string& path, const std::string& model_id, const StateSpec& spec, const StateBuffer& state) {
     check_finite(spec, state);
     std::string values;
@@ -100,20 +113,9 @@ void load_state(const std::string& path, const std::string& model_id, const Stat
     } catch (const JsonError& error) {
         throw ContainerError(Kind::kDamaged, error.what());
     }
-    const std::string_view values = container.section(kSection);
-    if (values.size() != spec.size_bytes()) {
-        throw ContainerError(Kind::kDamaged, "has a wrong length", "section state",
-                             std::to_string(spec.size_bytes()) + " bytes", std::to_string(values.size()) + " bytes");
-    }
     // A copy, which nobody can change between the check and its use.
     StateBuffer staged(state.layout());
-    std::size_t offset = 0;
-    for (std::size_t index = 0; index < spec.tensors.size(); ++index) {
-        const std::size_t n_bytes = spec.tensors[index].n_elements() * sizeof(float);
-        std::memcpy(staged.tensor(index), values.data() + offset, n_bytes);
-        offset += n_bytes;
-    }
-    check_finite(spec, staged);
+    fill_state(spec, container.section(kSection), staged);
     std::memcpy(staged.tensor(spec.tensors.size()), &count, sizeof count);
     state.copy_from(staged);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "state_buffer.h"
 #include "state_spec.h"
@@ -13,6 +14,10 @@ namespace goslet {
 std::vector<StateTensorLayout> buffer_layout(const StateSpec& spec);
 
 std::int64_t tokens_seen(const StateBuffer& state);
+
+// Fills a state's tensors with the numbers of a section `state`: little-endian float32 in the spec's order, without gaps.
+// Throws ContainerError where there are too few or too many, or one is not finite.
+void fill_state(const StateSpec& spec, std::string_view values, StateBuffer& state);
 
 // Both take a state of `buffer_layout(spec)` and throw ContainerError: kNotFinite where the state holds NaN or
 // infinity, kMismatch for the state of another model or layout.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import __version__
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output
-from ..spec import ModelSpec
+from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode_blocks
 from .checkpoint import Checkpoint, open_checkpoint
@@ -21,8 +24,11 @@ from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import write_onnx
 from .quantize import Recipe, recipe
+from .tuned_state import read_tuned_state
 
 Progress = Callable[[str, int, int], None]
+# What stands for a vocabulary without being a path.
+TOKENIZER_NAMES = ("bytes", "world")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ def export_engine(
     group: int = 32,
     tokenizer: str | os.PathLike[str] | None = None,
     norm_eps: float | None = None,
+    state: str | os.PathLike[str] | None = None,
     onnx: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -72,12 +79,13 @@ def export_engine(
             one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
             engine that takes and gives token ids only.
         norm_eps: eps of the per-head group norm; None is the version's own.
+        state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with.
         onnx: write also a self-contained ONNX model that takes a token, here.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or is not a known model.
+        CheckpointError: the checkpoint or the state cannot be read, is not a known model, or is another's state.
         TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
         QuantizationError: the recipe cannot be applied.
         OutputError: an output exists and `overwrite` is false, cannot be written, or is also an input.
@@ -88,7 +96,8 @@ def export_engine(
     outputs = [path] if onnx is None else [path, onnx]
     for output in outputs:
         check_output(output, overwrite)
-    _check_apart(checkpoint, tokenizer, outputs)
+    vocabulary_file = None if tokenizer in TOKENIZER_NAMES else tokenizer
+    _check_apart({"the checkpoint": checkpoint, "the tokenizer": vocabulary_file, "the state": state}, outputs)
     if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
         raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
@@ -96,6 +105,7 @@ def export_engine(
         spec, version = source.spec, source.version
         vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
+        initial_state = None if state is None else _initial_state(state, spec, state_spec)
         formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
         report_progress("tracing", 0, 1)
         graph = trace_step(version, spec, source.rules, formats)
@@ -113,12 +123,14 @@ def export_engine(
             graph_info={"format": "onnx", "opset": OPSET},
             tensors=_tensors(source, formats, report_progress),
             program=version.program(spec).to_bytes(),
+            initial_state=initial_state,
             tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
             provenance={
                 "goslet": __version__,
                 "source": source.path.name,
                 "source_format": source.format,
                 "recipe": chosen.to_json(),
+                **({} if state is None else {"state": Path(state).name}),
             },
             overwrite=overwrite,
         )
@@ -138,20 +150,25 @@ def export_engine(
         )
 
 
-def _check_apart(
-    checkpoint: str | os.PathLike[str],
-    tokenizer: str | os.PathLike[str] | None,
-    outputs: list[str | os.PathLike[str]],
-) -> None:
+def _check_apart(inputs: Mapping[str, str | os.PathLike[str] | None], outputs: list[str | os.PathLike[str]]) -> None:
     """Refuse to write over what is read, or one output over the other."""
-    taken = {os.path.realpath(checkpoint): "the checkpoint"}
-    if tokenizer is not None and tokenizer not in ("bytes", "world"):
-        taken[os.path.realpath(tokenizer)] = "the tokenizer"
+    taken = {os.path.realpath(path): what for what, path in inputs.items() if path is not None}
     for output in outputs:
         real = os.path.realpath(output)
         if real in taken:
             raise OutputError(f"is also {taken[real]}", file=output, remedy="choose another name")
         taken[real] = "the engine"
+
+
+def _initial_state(
+    path: str | os.PathLike[str], spec: ModelSpec, state_spec: StateSpec
+) -> dict[str, NDArray[np.float32]]:
+    """A tuned state with the fresh values of the tensors that are never tuned."""
+    tuned = read_tuned_state(path, spec)
+    return {
+        tensor.name: tuned.get(tensor.name, np.full(tensor.shape, tensor.init, np.float32))
+        for tensor in state_spec.tensors
+    }
 
 
 def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:

@@ -34,7 +34,7 @@ from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
 from ..weights import INTEGER_RANGES, WeightFormat, decode
 from .checkpoint import Checkpoint, open_checkpoint
-from .models.blocks import EagerOps, Version, token_pieces
+from .models.blocks import EagerOps, State, Version, token_pieces
 
 FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
@@ -174,17 +174,18 @@ def verify_engine(
         found = _run_session(opened.session(), tokens)
         report_progress("stepping", 1, 5)
         own = {name: torch.from_numpy(decode(file.weight(name))) for name in file.tensors}
-        expected = _run_torch(version, spec, EagerOps(own), tokens)
+        start = _initial_state(file)
+        expected = _run_torch(version, spec, EagerOps(own), start, tokens)
         report_progress("stepping", 2, 5)
         rounding = {name: opened.backend.activation_rounding(entry.format) for name, entry in file.tensors.items()}
-        rounded = _run_torch(version, spec, _RoundedActivationOps(own, rounding), tokens)
+        rounded = _run_torch(version, spec, _RoundedActivationOps(own, rounding), start, tokens)
         del own
         report_progress("stepping", 3, 5)
         graph = _run_session(Engine(file, OrtBackend(file, threads, exact=True), None).session(), tokens)
         checks += _step_checks("graph", graph, expected, expected)
         checks += _step_checks(opened.backend_name, found, expected, rounded)
         report_progress("stepping", 4, 5)
-        original = _run_torch(version, spec, EagerOps(source.weights()), tokens)
+        original = _run_torch(version, spec, EagerOps(source.weights()), start, tokens)
         report_progress("stepping", 5, 5)
         divergence = _divergence(found["logits"], original["logits"], tokens)
         return VerifyReport(opened.backend_name, len(tokens), is_text, differences, tuple(checks), divergence)
@@ -236,11 +237,17 @@ def _run_session(session: Session, tokens: Sequence[int]) -> dict[str, NDArray[n
     return {"logits": logits, **{name: view.copy() for name, view in session.state.front.items()}}
 
 
+def _initial_state(file: EngineFile) -> State:
+    """What a fresh session of the engine begins with, each tensor with a batch axis."""
+    if file.initial_state is not None:
+        return {name: torch.from_numpy(values.copy())[None] for name, values in file.initial_state.items()}
+    return {tensor.name: torch.full((1, *tensor.shape), tensor.init) for tensor in file.state_spec.tensors}
+
+
 @torch.no_grad()
 def _run_torch(
-    version: Version, spec: ModelSpec, ops: EagerOps, tokens: Sequence[int]
+    version: Version, spec: ModelSpec, ops: EagerOps, state: State, tokens: Sequence[int]
 ) -> dict[str, NDArray[np.float32]]:
-    state = {tensor.name: torch.full((1, *tensor.shape), tensor.init) for tensor in version.state_spec(spec).tensors}
     rows = []
     embedding = ops.weights[EMBEDDING]
     for token in tokens:

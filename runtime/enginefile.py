@@ -8,10 +8,12 @@ A container (`goslet.container`) whose header adds ``model`` and ``state`` (thei
 - ``weights``: every tensor once, in one of `goslet.layouts`, each at the next multiple of 64 bytes, a quantized one
   followed by its scales.
 - ``tokenizer``: what its kind needs, where there is one.
+- ``state``: the numbers of a tuned initial state, where there is one: every tensor of the state in its order,
+  little-endian float32, without gaps.
 - ``plan.<device>``: TensorRT plans, where there are any.
 
-Graph, program and tokenizer are verified whenever the file is opened; weights and plans by `EngineFile.check`, so that
-opening stays quick. Offsets of tensors count from the start of the section ``weights``.
+Graph, program, tokenizer and state are verified whenever the file is opened; weights and plans by `EngineFile.check`,
+so that opening stays quick. Offsets of tensors count from the start of the section ``weights``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .container import Buffer, Container, Section, align_up, errors_in, read_container, write_container
 from .errors import HeaderError, InputError, QuantizationError
@@ -33,7 +36,7 @@ from .spec import ModelSpec, StateSpec
 from .weights import EncodedWeight, WeightFormat
 
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
-ENGINE_VERSION = 5
+ENGINE_VERSION = 6
 ENGINE_KIND = "engine file"
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
@@ -43,7 +46,7 @@ _MAX_AXES = 8
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 _AGAIN = "export the engine again"
 _MODEL_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_VERIFIED_AT_OPEN = ("graph", "program", "tokenizer")
+_VERIFIED_AT_OPEN = ("graph", "program", "tokenizer", "state")
 
 
 class TensorSource(NamedTuple):
@@ -143,6 +146,7 @@ def write_engine(
     program: Buffer | None,
     provenance: Mapping[str, Any],
     overwrite: bool,
+    initial_state: Mapping[str, NDArray[np.float32]] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write an engine file; the same arguments give the same bytes.
@@ -159,6 +163,7 @@ def write_engine(
         program: the native engine's program, if there is one.
         provenance: where the engine came from, as JSON without times.
         overwrite: whether an existing file is replaced.
+        initial_state: what a fresh state holds, every tensor of `state_spec` by name; None for its ``init`` values.
         progress: called after each tensor with its name and its stored size in bytes.
 
     Raises:
@@ -190,6 +195,8 @@ def write_engine(
     sections.append(Section("weights", weights_bytes, _weight_pieces(sources, entries, progress), verify="check"))
     if tokenizer is not None:
         sections.append(Section.of("tokenizer", tokenizer[1]))
+    if initial_state is not None:
+        sections.append(Section.of("state", _state_bytes(state_spec, initial_state)))
     write_container(
         path,
         magic=ENGINE_MAGIC,
@@ -206,6 +213,21 @@ def write_engine(
         sections=sections,
         overwrite=overwrite,
     )
+
+
+def _state_bytes(spec: StateSpec, values: Mapping[str, NDArray[np.float32]]) -> bytes:
+    pieces = []
+    for tensor in spec.tensors:
+        value = values.get(tensor.name)
+        if value is None or value.shape != tensor.shape or not np.isfinite(value).all():
+            raise InputError(
+                "is not this state's tensor, whole and finite",
+                place=f"initial_state, {tensor.name}",
+                expected=list(tensor.shape),
+                found="nothing" if value is None else list(value.shape),
+            )
+        pieces.append(value.astype("<f4").tobytes())
+    return b"".join(pieces)
 
 
 def _weight_pieces(
@@ -249,6 +271,8 @@ class EngineFile:
         graph_info: the graph's ``opset`` and ``format``.
         tokenizer_kind: the tokenizer's kind; None for an engine that takes token ids only.
         tensors: the tensors by name, in the file's order.
+        initial_state: what a fresh state holds, every tensor of the state by name, float32; None where that is the
+            state's ``init`` values.
     """
 
     def __init__(self, container: Container) -> None:
@@ -289,6 +313,7 @@ class EngineFile:
             self.tensors: Mapping[str, TensorEntry] = MappingProxyType(
                 _read_tensors(_need(header, "tensors", list), container.sections["weights"].size_bytes)
             )
+            self.initial_state = _read_state(container, self.state_spec)
 
     @classmethod
     def open(cls, path: Path, check: bool = False) -> EngineFile:
@@ -434,6 +459,30 @@ def _read_tokenizer(header: Mapping[str, Any], container: Container) -> str | No
     if (kind is None) == ("tokenizer" in container.sections):
         raise HeaderError("header and sections disagree about a tokenizer", place="tokenizer", remedy=_AGAIN)
     return kind
+
+
+def _read_state(container: Container, spec: StateSpec) -> Mapping[str, NDArray[np.float32]] | None:
+    """Views into the section ``state``, found to be as long as the state and finite."""
+    if "state" not in container.sections:
+        return None
+    section = container.section("state")
+    if section.nbytes != spec.size_bytes:
+        raise HeaderError(
+            "has a wrong length",
+            place="section state",
+            expected=f"{spec.size_bytes} bytes",
+            found=f"{section.nbytes} bytes",
+            remedy=_AGAIN,
+        )
+    numbers = np.frombuffer(section, "<f4")
+    if not np.isfinite(numbers).all():
+        raise HeaderError("holds NaN or infinity", place="section state", remedy=_AGAIN)
+    tensors = {}
+    begin = 0
+    for tensor in spec.tensors:
+        tensors[tensor.name] = numbers[begin : begin + tensor.n_elements].reshape(tensor.shape)
+        begin += tensor.n_elements
+    return MappingProxyType(tensors)
 
 
 def _read_tensors(items: Sequence[Any], section_bytes: int) -> dict[str, TensorEntry]:

@@ -19,7 +19,7 @@ from .enginefile import EngineFile
 from .errors import EmptyPromptError, InputError, StateError, TokenError, TokenizerError
 from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
 from .spec import ModelSpec, StateSpec
-from .state import State
+from .state import State, fresh_buffer
 from .tokenizer import Tokenizer, check_fits, load_tokenizer
 
 # A call holds the sessions' locks in nested frames. The weights are read once for 64 sessions, so little is lost.
@@ -166,6 +166,8 @@ class Engine:
         self._process = os.getpid()
         self._this_thread = _ThisThread()
         self._open = True
+        initial = file.initial_state
+        self._fresh = None if initial is None else fresh_buffer(file.state_spec, initial)
 
     @property
     def file(self) -> EngineFile:
@@ -205,7 +207,7 @@ class Engine:
     def session(self) -> Session:
         """A new session with a fresh state."""
         self.check_open()
-        state = State(self.state_spec, self.model_id, double_buffered=not self._backend.in_place)
+        state = State(self.state_spec, self.model_id, double_buffered=not self._backend.in_place, fresh=self._fresh)
         return Session(self, state)
 
     def step_batch(

@@ -43,18 +43,24 @@ class State:
         spec: the tensors, their shapes and their initial values.
         model_id: the model that the state belongs to.
         double_buffered: whether there is a back buffer.
+        fresh: what the fresh state is, from `fresh_buffer`; None for the spec's initial values.
 
     Raises:
         StateError: the state is larger than goslet allows or than the memory at hand.
     """
 
-    def __init__(self, spec: StateSpec, model_id: str, *, double_buffered: bool = False) -> None:
+    def __init__(
+        self, spec: StateSpec, model_id: str, *, double_buffered: bool = False, fresh: StateBuffer | None = None
+    ) -> None:
         self.spec = spec
         self.model_id = model_id
+        self._fresh = fresh
         self._buffers = [_allocate(spec) for _ in range(2 if double_buffered else 1)]
         self._views = [_views(spec, buffer) for buffer in self._buffers]
         self._counts = [_count_view(spec, buffer) for buffer in self._buffers]
         self._front = 0
+        if fresh is not None:
+            self.front_buffer.copy_from(fresh)
 
     @property
     def double_buffered(self) -> bool:
@@ -112,25 +118,17 @@ class State:
             StateMismatchError: the state has no such tensor, or of another shape; it is then unchanged.
             StateError: a number is not finite; the state is then unchanged.
         """
-        shapes = {tensor.name: tensor.shape for tensor in self.spec.tensors}
-        given = {name: np.asarray(values, np.float32) for name, values in (initial or {}).items()}
-        for name, values in given.items():
-            if shapes.get(name) != values.shape:
-                raise StateMismatchError(
-                    "is not a tensor of this model's state",
-                    place=f"tensor {name}",
-                    expected=list(shapes[name]) if name in shapes else ", ".join(list(shapes)[:3]) + ", …",
-                    found=list(values.shape),
-                )
-        _check_finite(given.items(), None)
-        for buffer in self._buffers:
-            buffer.reset()
-        for name, values in given.items():
-            self.front[name][:] = values
+        fresh = self._fresh if initial is None else fresh_buffer(self.spec, initial, self._fresh)
+        # The back buffer forgets too, and first: an interruption between the two leaves the state as it was.
+        for buffer in sorted(self._buffers, key=lambda buffer: buffer is self.front_buffer):
+            if fresh is None:
+                buffer.reset()
+            else:
+                buffer.copy_from(fresh)
 
     def clone(self) -> State:
         """An independent state with the same values, buffering and token count."""
-        twin = State(self.spec, self.model_id, double_buffered=self.double_buffered)
+        twin = State(self.spec, self.model_id, double_buffered=self.double_buffered, fresh=self._fresh)
         twin.copy_from(self)
         return twin
 
@@ -226,6 +224,38 @@ class State:
                     found=found[:300],
                     remedy="use the engine that it was made with",
                 )
+
+
+def fresh_buffer(spec: StateSpec, initial: Tensors, base: StateBuffer | None = None) -> StateBuffer:
+    """A state that holds the numbers of `initial` in its tensors of those names, and elsewhere those of `base`.
+
+    Args:
+        spec: the state's tensors.
+        initial: float32 in their tensors' shapes, by name.
+        base: another such buffer; None stands for the spec's initial values.
+
+    Raises:
+        StateMismatchError: the state has no such tensor, or of another shape.
+        StateError: a number is not finite, or the memory at hand is short.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in spec.tensors}
+    given = {name: np.asarray(values, np.float32) for name, values in initial.items()}
+    for name, values in given.items():
+        if shapes.get(name) != values.shape:
+            raise StateMismatchError(
+                "is not a tensor of this model's state",
+                place=f"tensor {name}",
+                expected=list(shapes[name]) if name in shapes else ", ".join(list(shapes)[:3]) + ", …",
+                found=list(values.shape),
+            )
+    _check_finite(given.items(), None)
+    buffer = _allocate(spec)
+    if base is not None:
+        buffer.copy_from(base)
+    views = _views(spec, buffer)
+    for name, values in given.items():
+        views[name][...] = values
+    return buffer
 
 
 def _allocate(spec: StateSpec) -> StateBuffer:

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="eps of the per-head group norm (default: the version's own)",
     )
+    parser.add_argument(
+        "--state", metavar="FILE", help="begin with this tuned state, a .pth with time_state (versions 5 to 7)"
+    )
     parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
@@ -64,6 +67,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             group=args.group,
             tokenizer=args.tokenizer,
             norm_eps=args.norm_eps,
+            state=args.state,
             onnx=args.onnx,
             overwrite=args.force,
             progress=progress,

@@ -85,7 +85,7 @@ struct Section {
     const char* verify = "open";
 };
 
-constexpr std::uint32_t kVersion = 5;
+constexpr std::uint32_t kVersion = 6;
 
 // A container put together by hand, so that the writer's mistakes are not made twice. Its header fits in a page.
 std::string container_bytes(std::string_view magic, std::uint32_t version, const std::string& members,

@@ -36,6 +36,7 @@ def rewritten(source: Path, target: Path, **changes: object) -> Path:
             "tokenizer": None,
             "program": None if file.program_bytes is None else bytes(file.program_bytes),
             "provenance": {},
+            "initial_state": file.initial_state,
             "overwrite": False,
         }
         write_engine(target, **{**arguments, **changes})

@@ -1,5 +1,6 @@
 """Tuned initial states, for 5 and 6 against PyPI's rwkv, which takes them inside a checkpoint."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,13 @@ torch = pytest.importorskip("torch", reason="exporting needs torch")
 from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
 
 import goslet  # noqa: E402
+from goslet import enginefile  # noqa: E402
+from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import (  # noqa: E402
     CheckpointError,
+    ChecksumError,
+    HeaderError,
+    InputError,
     MissingTensorError,
     StateError,
     StateMismatchError,
@@ -23,7 +29,9 @@ from goslet.errors import (  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.tuned_state import read_tuned_state  # noqa: E402
 
+from .capi import BAD_FILE, NOT_FINITE, OK, CEngine, refusal  # noqa: E402
 from .command_line import Run  # noqa: E402
+from .rewriting import rewritten  # noqa: E402
 
 SHAPE = {"n_layer": 2, "n_embd": 48, "head_size": 16, "vocab_size": 256}
 MODELS = {
@@ -127,6 +135,91 @@ def test_files_that_are_no_state_of_the_model(run: Run, tmp_path: Path) -> None:
             np.testing.assert_array_equal(view, before[name])
     outcome = run("run", tmp_path / "x.goslet", "--tokens", "1", "--state-in", tmp_path / "bad.pth")
     assert outcome.code == 1 and "bad.pth" in outcome.err and outcome.out == ""
+
+
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_an_engine_carries_a_tuned_state(version: str, run: Run, c_api: ctypes.CDLL, tmp_path: Path) -> None:
+    save(SEVEN if version == "7" else MODELS[version], tmp_path / "x.pth")
+    save(tuned(), tmp_path / "state.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "plain.goslet", quant="f32")
+    path = tmp_path / "tuned.goslet"
+    outcome = run("export", tmp_path / "x.pth", "-o", path, "--quant", "f32", "--state", tmp_path / "state.pth")
+    assert outcome.code == 0, outcome.err
+    with goslet.open(tmp_path / "plain.goslet") as plain:
+        session = plain.session()
+        untuned = session.fork().feed([1, 2, 3])
+        session.reset(read_tuned_state(tmp_path / "state.pth", plain.spec))
+        begun = session.fork()
+        begun.save(tmp_path / "begun.state")
+        expected = session.feed([1, 2, 3])
+        assert np.abs(expected - untuned).max() > 1e-3
+    for backend in ("ort", "native"):
+        with goslet.open(path, backend=backend, threads=1) as engine:
+            session = engine.session()
+            limit = 0 if backend == "native" else 3e-5 * np.abs(expected).max()
+            for again in (session, session.fork(), engine.session()):
+                assert again.tokens_seen == 0
+                assert np.abs(again.feed([1, 2, 3]) - expected).max() <= limit
+            session.reset()
+            assert np.abs(session.feed([1, 2, 3]) - expected).max() <= limit
+            session.reset({"0.wkv": np.zeros((3, 16, 16), np.float32)})
+            tuned_layer = read_tuned_state(tmp_path / "state.pth", engine.spec)["1.wkv"]
+            np.testing.assert_array_equal(session.state.front["1.wkv"], tuned_layer)
+            assert not session.state.front["0.wkv"].any()
+            # States go between the two engines: it is one model.
+            session.load(tmp_path / "begun.state")
+            assert np.abs(session.feed([1, 2, 3]) - expected).max() <= limit
+    c_engine = CEngine(c_api, path)
+    c_session = c_engine.session()
+    np.testing.assert_array_equal(c_session.feed([1, 2, 3]), expected)
+    assert c_api.goslet_session_reset(c_session.handle) == OK
+    np.testing.assert_array_equal(c_session.feed([1, 2, 3]), expected)
+    np.testing.assert_array_equal(c_engine.session().feed([1, 2, 3]), expected)
+    verified = run("verify", path, tmp_path / "x.pth")
+    assert verified.code == 0, verified.out
+    assert "state.pth" in run("inspect", path).out
+    damaged = bytearray(path.read_bytes())
+    with EngineFile.open(path) as file:
+        assert file.section_sizes["state"] == file.state_spec.size_bytes
+    damaged[-1] ^= 1
+    (tmp_path / "damaged.goslet").write_bytes(damaged)
+    with pytest.raises(ChecksumError, match="section state"):
+        EngineFile.open(tmp_path / "damaged.goslet")
+
+
+def test_initial_states_that_no_engine_can_have(
+    c_api: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Well formed files whose state is cut or not finite, which only the reader of that section can find."""
+    save(SEVEN, tmp_path / "x.pth")
+    save(tuned(), tmp_path / "state.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32", state=tmp_path / "state.pth")
+    with EngineFile.open(tmp_path / "x.goslet") as file:
+        whole = {name: values.copy() for name, values in (file.initial_state or {}).items()}
+    state_bytes = enginefile._state_bytes
+    for name, change in {"cut": lambda data: data[:-4], "nan": lambda data: data[:-4] + b"\xff\xff\xff\xff"}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(enginefile, "_state_bytes", lambda *args, c=change: c(state_bytes(*args)))
+            rewritten(tmp_path / "x.goslet", tmp_path / f"{name}.goslet")
+        with pytest.raises(HeaderError, match="section state"):
+            goslet.open(tmp_path / f"{name}.goslet")
+        assert refusal(c_api, tmp_path / f"{name}.goslet") == (BAD_FILE if name == "cut" else NOT_FINITE)
+    for wrong in ({}, {**whole, "0.wkv": whole["0.wkv"][:1]}, {**whole, "0.wkv": whole["0.wkv"] * np.float32(np.nan)}):
+        with pytest.raises(InputError, match="initial_state"):
+            rewritten(tmp_path / "x.goslet", tmp_path / "never.goslet", initial_state=wrong)
+        assert not (tmp_path / "never.goslet").exists()
+
+
+def test_export_refuses_a_state_of_another_model_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    save(SEVEN, tmp_path / "x.pth")
+    save({name: torch.zeros(6, 8, 8) for name in tuned()}, tmp_path / "state.pth")
+    outcome = run("export", tmp_path / "x.pth", "-o", tmp_path / "x.goslet", "--state", tmp_path / "state.pth")
+    assert outcome.code == 1 and "state.pth" in outcome.err and "another model" in outcome.err
+    assert not (tmp_path / "x.goslet").exists()
+    outcome = run(
+        "export", tmp_path / "x.pth", "-o", tmp_path / "state.pth", "--state", tmp_path / "state.pth", "--force"
+    )
+    assert outcome.code == 1 and "is also the state" in outcome.err
 
 
 def test_version_4_has_no_matrix_to_tune(tmp_path: Path) -> None:
