@@ -272,8 +272,8 @@ void EngineFile::read_header() {
     }
     container_.section("graph");
     for (const SectionEntry& entry : container_.sections()) {
-        const bool at_open = entry.name == "graph" || entry.name == "program" || entry.name == "tokenizer" ||
-                             entry.name == "state";
+        const bool at_open =
+            entry.name == "graph" || entry.name == "program" || entry.name == "tokenizer" || entry.name == "state";
         if (entry.verified_at_open != at_open) {
             refuse("is verified at the wrong time", "section " + entry.name, at_open ? "open" : "check");
         }

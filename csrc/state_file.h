@@ -15,8 +15,8 @@ std::vector<StateTensorLayout> buffer_layout(const StateSpec& spec);
 
 std::int64_t tokens_seen(const StateBuffer& state);
 
-// Fills a state's tensors with the numbers of a section `state`: little-endian float32 in the spec's order, without gaps.
-// Throws ContainerError where there are too few or too many, or one is not finite.
+// Fills a state's tensors with the numbers of a section `state`: little-endian float32 in the spec's order, without
+// gaps. Throws ContainerError where there are too few or too many, or one is not finite.
 void fill_state(const StateSpec& spec, std::string_view values, StateBuffer& state);
 
 // Both take a state of `buffer_layout(spec)` and throw ContainerError: kNotFinite where the state holds NaN or

@@ -23,9 +23,10 @@ from ..errors import (
     TensorValueError,
 )
 from ..spec import ModelSpec
+from .adapters import Adapter, merged
 from .models import recognise
 from .models.blocks import Version
-from .models.tensors import Shape, Shapes, Source, TensorRule, squeezed
+from .models.tensors import TIME_STATE, Shape, Shapes, Source, TensorRule, squeezed
 from .readers import StoredTensor, read_model
 
 NAMES_SHOWN = 5
@@ -45,6 +46,8 @@ class Checkpoint:
         spec: the model's dimensions.
         rules: the engine's tensors, and how each is made.
         tokenizer: a vocabulary file that belongs to the model, where there is one.
+        tuned_state: a tuned initial state that lies beside the model's tensors or in an adapter: ``time_state`` of its
+            layers by their names in the file, or none.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Checkpoint:
     spec: ModelSpec
     rules: tuple[TensorRule, ...]
     tokenizer: Path | None
+    tuned_state: Mapping[str, StoredTensor]
     _tensors: Mapping[str, StoredTensor]
 
     @cached_property
@@ -122,13 +126,16 @@ class Checkpoint:
 
 
 @contextmanager
-def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = None) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, norm_eps: float | None = None, adapter: Adapter | None = None
+) -> Iterator[Checkpoint]:
     """Open and recognise a checkpoint.
 
     Args:
         path: an RWKV ``.pth``, ``.safetensors`` or ``.gguf`` file, told apart by content, not by name, or a Hugging
             Face folder.
         norm_eps: eps of the per-head group norm, where the checkpoint was trained with another than its version's.
+        adapter: merged into the model.
 
     Raises:
         CheckpointError: the file cannot be read or is not a known model.
@@ -138,12 +145,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, norm_eps: float | None = No
     path = Path(path)
     try:
         model = read_model(path)
-        tensors = model.tensors
+        if adapter is not None:
+            model = merged(model, adapter)
+        tuned = {name: tensor for name, tensor in model.tensors.items() if name.endswith(TIME_STATE)}
+        tensors = {name: tensor for name, tensor in model.tensors.items() if name not in tuned}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         version = recognise(shapes)
         spec = _checked(version.read_spec(shapes, model.norm_eps if norm_eps is None else norm_eps))
         rules = version.tensor_rules(spec, shapes.keys())
-        checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tensors)
+        checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, tensors)
         _validate(checkpoint.sources, shapes, version.unused(spec))
         for name in checkpoint.sources:
             if not tensors[name].readable:

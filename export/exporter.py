@@ -19,12 +19,13 @@ from ..output import check_output
 from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode_blocks
+from .adapters import read_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import write_onnx
 from .quantize import Recipe, recipe
-from .tuned_state import read_tuned_state
+from .tuned_state import read_tuned_state, state_matrices
 
 Progress = Callable[[str, int, int], None]
 # What stands for a vocabulary without being a path.
@@ -63,6 +64,8 @@ def export_engine(
     tokenizer: str | os.PathLike[str] | None = None,
     norm_eps: float | None = None,
     state: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
     onnx: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -79,17 +82,20 @@ def export_engine(
             one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
             engine that takes and gives token ids only.
         norm_eps: eps of the per-head group norm; None is the version's own.
-        state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with.
+        state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with;
+            it goes before one that lies in the adapter or beside the checkpoint's own tensors.
+        adapter: a LoRA, bone, DiSHA or state adapter, merged into the model (`goslet.export.adapters`).
+        alpha: the ``lora_alpha`` that a LoRA was trained with.
         onnx: write also a self-contained ONNX model that takes a token, here.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
 
     Raises:
-        CheckpointError: the checkpoint or the state cannot be read, is not a known model, or is another's state.
+        CheckpointError: the checkpoint, the state or the adapter cannot be read, or they do not fit together.
         TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
         QuantizationError: the recipe cannot be applied.
         OutputError: an output exists and `overwrite` is false, cannot be written, or is also an input.
-        InputError: `norm_eps` is not a positive number.
+        InputError: `norm_eps` or `alpha` is not a positive number, or `alpha` is missing or of no use.
     """
     start_s = time.monotonic()
     report_progress = progress or (lambda stage, done, total: None)
@@ -97,15 +103,19 @@ def export_engine(
     for output in outputs:
         check_output(output, overwrite)
     vocabulary_file = None if tokenizer in TOKENIZER_NAMES else tokenizer
-    _check_apart({"the checkpoint": checkpoint, "the tokenizer": vocabulary_file, "the state": state}, outputs)
+    _check_apart(
+        {"the checkpoint": checkpoint, "the tokenizer": vocabulary_file, "the state": state, "the adapter": adapter},
+        outputs,
+    )
     if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
         raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
-    with open_checkpoint(checkpoint, norm_eps=norm_eps) as source:
+    change = read_adapter(adapter, alpha)
+    with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
         spec, version = source.spec, source.version
         vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
-        initial_state = None if state is None else _initial_state(state, spec, state_spec)
+        initial_state = _initial_state(state, source, state_spec)
         formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
         report_progress("tracing", 0, 1)
         graph = trace_step(version, spec, source.rules, formats)
@@ -131,6 +141,8 @@ def export_engine(
                 "source_format": source.format,
                 "recipe": chosen.to_json(),
                 **({} if state is None else {"state": Path(state).name}),
+                **({} if change is None else {"adapter": change.path.name}),
+                **({} if alpha is None else {"alpha": alpha}),
             },
             overwrite=overwrite,
         )
@@ -161,10 +173,16 @@ def _check_apart(inputs: Mapping[str, str | os.PathLike[str] | None], outputs: l
 
 
 def _initial_state(
-    path: str | os.PathLike[str], spec: ModelSpec, state_spec: StateSpec
-) -> dict[str, NDArray[np.float32]]:
-    """A tuned state with the fresh values of the tensors that are never tuned."""
-    tuned = read_tuned_state(path, spec)
+    path: str | os.PathLike[str] | None, source: Checkpoint, state_spec: StateSpec
+) -> dict[str, NDArray[np.float32]] | None:
+    """A tuned state, if there is one, with the fresh values of the tensors that are never tuned."""
+    if path is None and not source.tuned_state:
+        return None
+    tuned = (
+        state_matrices(source.tuned_state, source.spec, source.path)
+        if path is None
+        else read_tuned_state(path, source.spec)
+    )
     return {
         tensor.name: tuned.get(tensor.name, np.full(tensor.shape, tensor.init, np.float32))
         for tensor in state_spec.tensors

@@ -2,12 +2,14 @@
 
 Such a file holds one matrix [H, N, N] for every layer. It lies transposed to the inference layout, which is that of
 PyPI's ``rwkv`` and ours: for versions 5 and 6, whose states are [head, key, value], the file has [head, value, key];
-for 7, whose states are [head, value, key], it has [head, key, value].
+for 7, whose states are [head, value, key], it has [head, key, value]. The same tensors may lie in an adapter, or beside
+the model's own in a checkpoint that they were merged into.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, MissingTensorError, TensorShapeError, TensorValueError
 from ..spec import ModelSpec
-from .models.tensors import squeezed
+from .models.tensors import TIME_STATE, squeezed
 from .readers.rwkv_file import load_pth
+from .readers.stored import FloatTensor, StoredTensor
 
 
 def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
@@ -35,13 +38,17 @@ def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str,
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("is no file", file=path, remedy="check the path")
+    return state_matrices({name: FloatTensor(tensor) for name, tensor in load_pth(path).items()}, spec, path)
+
+
+def state_matrices(tensors: Mapping[str, StoredTensor], spec: ModelSpec, path: Path) -> dict[str, NDArray[np.float32]]:
+    """As `read_tuned_state`, from the tensors of the file `path`."""
     if spec.version == "4":
-        raise CheckpointError("is for a model with matrix states, which RWKV-4 is not", file=path)
-    tensors = load_pth(path)
+        raise CheckpointError("is for a model with matrix states, which RWKV-4 is not", file=path, place=TIME_STATE[1:])
     wanted = (spec.n_head, spec.head_size, spec.head_size)
     matrices = {}
     for layer in range(spec.n_layer):
-        name = f"blocks.{layer}.att.time_state"
+        name = f"blocks.{layer}{TIME_STATE}"
         if name not in tensors:
             raise MissingTensorError(
                 "holds no tuned state of a layer",
@@ -51,16 +58,15 @@ def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str,
                 found=", ".join(sorted(tensors)[:3])[:100] or "nothing",
                 remedy="give the .pth that state tuning saved for this model",
             )
-        tensor = tensors[name].detach()
-        if squeezed(tensor.shape) != squeezed(wanted):
+        if squeezed(tensors[name].shape) != squeezed(wanted):
             raise TensorShapeError(
                 "is the state of another model",
                 file=path,
                 place=name,
                 expected=list(wanted),
-                found=list(tensor.shape),
+                found=list(tensors[name].shape),
             )
-        matrix = tensor.to(torch.float32).reshape(wanted).transpose(1, 2).contiguous()
+        matrix = tensors[name].read(slice(None)).reshape(wanted).transpose(1, 2).contiguous()
         if not torch.isfinite(matrix).all():
             raise TensorValueError("a tensor holds NaN or infinity", file=path, place=name, expected="finite numbers")
         matrices[f"{layer}.wkv"] = matrix.numpy()

@@ -33,6 +33,7 @@ from ..session import Engine, Session, open_engine
 from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
 from ..weights import INTEGER_RANGES, WeightFormat, decode
+from .adapters import read_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .models.blocks import EagerOps, State, Version, token_pieces
 
@@ -138,6 +139,8 @@ def verify_engine(
     device: str = "cpu",
     threads: int | None = None,
     n_tokens: int = N_TOKENS,
+    adapter: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare an engine with the checkpoint that it was made from.
@@ -149,17 +152,20 @@ def verify_engine(
         device: as for `goslet.open`.
         threads: as for `goslet.open`.
         n_tokens: tokens to feed, at most.
+        adapter: the adapter that the engine was exported with.
+        alpha: and its alpha.
         progress: called with a stage's name, the work done and all of it.
 
     Raises:
         ContainerError: the engine is damaged.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint or the adapter cannot be read, or they do not fit together.
         BackendUnavailableError, BackendError: the backend does not exist here or fails.
     """
     report_progress = progress or (lambda stage, done, total: None)
+    change = read_adapter(adapter, alpha)
     with (
         open_engine(engine, backend=backend, device=device, threads=threads, check=True) as opened,
-        open_checkpoint(checkpoint, norm_eps=opened.spec.norm_eps) as source,
+        open_checkpoint(checkpoint, norm_eps=opened.spec.norm_eps, adapter=change) as source,
     ):
         file, spec = opened.file, opened.spec
         differences = _differences(file, source)

@@ -20,6 +20,8 @@ from ...spec import EMBEDDING
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
+# How a layer's tuned initial state ends in trainers' files; no version's model has a tensor of that name.
+TIME_STATE = ".att.time_state"
 # Every LayerNorm of every version.
 LAYER_NORM_EPS = 1e-5
 

@@ -6,12 +6,12 @@ Running the engine needs neither the checkpoint nor torch.
 from __future__ import annotations
 
 import argparse
-import math
 
 from ..errors import DependencyError
 from ..output import check_output
 from ..weights import FORMAT_NAMES, GROUPS
 from .console import Console, readable_size, run_command
+from .flags import add_adapter_flags, positive_number
 
 NAME = "export"
 SUMMARY = "compile a checkpoint into an engine file"
@@ -40,13 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--norm-eps",
-        type=_positive_number,
+        type=positive_number,
         metavar="E",
         help="eps of the per-head group norm (default: the version's own)",
     )
     parser.add_argument(
         "--state", metavar="FILE", help="begin with this tuned state, a .pth with time_state (versions 5 to 7)"
     )
+    add_adapter_flags(parser)
     parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
@@ -68,6 +69,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             tokenizer=args.tokenizer,
             norm_eps=args.norm_eps,
             state=args.state,
+            adapter=args.adapter,
+            alpha=args.alpha,
             onnx=args.onnx,
             overwrite=args.force,
             progress=progress,
@@ -101,13 +104,3 @@ def need_export_packages() -> None:
             f"{error.name} is not installed, which reading checkpoints needs",
             remedy="pip install 'goslet[export,ort]'",
         ) from error
-
-
-def _positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value

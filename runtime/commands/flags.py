@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from ..errors import InputError, OutputError
@@ -44,6 +45,27 @@ def whole_number(low: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """--adapter and --alpha."""
+    parser.add_argument(
+        "--adapter", metavar="FILE", help="merge this LoRA, bone, DiSHA or state adapter into the model"
+    )
+    parser.add_argument(
+        "--alpha", type=positive_number, metavar="A", help="the lora_alpha that the LoRA was trained with"
+    )
 
 
 def add_backend_flags(parser: argparse.ArgumentParser) -> None:
