@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..chat import ChatTemplate, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output
@@ -30,6 +32,8 @@ from .tuned_state import read_tuned_state, state_matrices
 Progress = Callable[[str, int, int], None]
 # What stands for a vocabulary without being a path.
 TOKENIZER_NAMES = ("bytes", "world")
+# How the files of RWKV-7's G series are named, such as rwkv7-g1a-0.1b-20250728-ctx4096.pth.
+_G_SERIES = re.compile(r"rwkv-?7a?-g\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def export_engine(
     state: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
+    chat: str | os.PathLike[str] | None = None,
     onnx: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -86,6 +91,8 @@ def export_engine(
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
         adapter: a LoRA, bone, DiSHA or state adapter, merged into the model (`goslet.export.adapters`).
         alpha: the ``lora_alpha`` that a LoRA was trained with.
+        chat: the chat template, ``world``, ``g1``, ``none`` or the path of a JSON file (`goslet.chat`). None means g1
+            for a checkpoint that is named as the G series of RWKV-7 is (``rwkv7-g1…``), else world.
         onnx: write also a self-contained ONNX model that takes a token, here.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
@@ -95,7 +102,8 @@ def export_engine(
         TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
         QuantizationError: the recipe cannot be applied.
         OutputError: an output exists and `overwrite` is false, cannot be written, or is also an input.
-        InputError: `norm_eps` or `alpha` is not a positive number, or `alpha` is missing or of no use.
+        InputError: there is no such chat template; `norm_eps` or `alpha` is not above 0; or `alpha` is missing
+            or of no use.
     """
     start_s = time.monotonic()
     report_progress = progress or (lambda stage, done, total: None)
@@ -110,6 +118,7 @@ def export_engine(
     if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
         raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
+    conversation = _chat_template(chat, checkpoint)
     change = read_adapter(adapter, alpha)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
         spec, version = source.spec, source.version
@@ -134,6 +143,7 @@ def export_engine(
             tensors=_tensors(source, formats, report_progress),
             program=version.program(spec).to_bytes(),
             initial_state=initial_state,
+            chat=conversation,
             tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
             provenance={
                 "goslet": __version__,
@@ -187,6 +197,14 @@ def _initial_state(
         tensor.name: tuned.get(tensor.name, np.full(tensor.shape, tensor.init, np.float32))
         for tensor in state_spec.tensors
     }
+
+
+def _chat_template(choice: str | os.PathLike[str] | None, checkpoint: str | os.PathLike[str]) -> ChatTemplate | None:
+    if choice == "none":
+        return None
+    if choice is None:
+        choice = "g1" if _G_SERIES.match(Path(checkpoint).name) else "world"
+    return chat_template(choice)
 
 
 def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:

@@ -1,7 +1,7 @@
 """The engine file, ``model.goslet``: the only reader and the only writer.
 
 A container (`goslet.container`) whose header adds ``model`` and ``state`` (their specs), ``model_id``,
-``provenance``, ``tokenizer``, ``graph`` and ``tensors``, and whose sections are:
+``provenance``, ``tokenizer``, ``chat``, ``graph`` and ``tensors``, and whose sections are:
 
 - ``graph``: the step graph, ONNX without weights; its initializers are named as the tensors.
 - ``program``: the native engine's steps, where there are any.
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .chat import ChatTemplate
 from .container import Buffer, Container, Section, align_up, errors_in, read_container, write_container
 from .errors import HeaderError, InputError, QuantizationError
 from .layouts import PackedWeight, check_layout, layout_data_bytes, layout_scales_bytes, pack, unpack
@@ -147,6 +148,7 @@ def write_engine(
     provenance: Mapping[str, Any],
     overwrite: bool,
     initial_state: Mapping[str, NDArray[np.float32]] | None = None,
+    chat: ChatTemplate | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write an engine file; the same arguments give the same bytes.
@@ -164,6 +166,7 @@ def write_engine(
         provenance: where the engine came from, as JSON without times.
         overwrite: whether an existing file is replaced.
         initial_state: what a fresh state holds, every tensor of `state_spec` by name; None for its ``init`` values.
+        chat: how conversations with the model are written, where that is known.
         progress: called after each tensor with its name and its stored size in bytes.
 
     Raises:
@@ -207,6 +210,7 @@ def write_engine(
             "model_id": model_id,
             "provenance": dict(provenance),
             "tokenizer": None if tokenizer is None else {"kind": tokenizer[0]},
+            "chat": None if chat is None else chat.to_json(),
             "graph": dict(graph_info),
             "tensors": [entry.to_json() for entry in entries],
         },
@@ -273,6 +277,7 @@ class EngineFile:
         tensors: the tensors by name, in the file's order.
         initial_state: what a fresh state holds, every tensor of the state by name, float32; None where that is the
             state's ``init`` values.
+        chat: how conversations with the model are written; None where that is not known.
     """
 
     def __init__(self, container: Container) -> None:
@@ -313,6 +318,9 @@ class EngineFile:
             self.tensors: Mapping[str, TensorEntry] = MappingProxyType(
                 _read_tensors(_need(header, "tensors", list), container.sections["weights"].size_bytes)
             )
+            if "chat" not in header:
+                raise HeaderError("a key is missing", place="chat", remedy=_AGAIN)
+            self.chat = None if header["chat"] is None else ChatTemplate.from_json(header["chat"])
             self.initial_state = _read_state(container, self.state_spec)
 
     @classmethod

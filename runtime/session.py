@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import Backend, open_backend
+from .chat import ChatTemplate
 from .enginefile import EngineFile
 from .errors import EmptyPromptError, InputError, StateError, TokenError, TokenizerError
 from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
@@ -203,6 +204,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer | None:
         """The engine's tokenizer, or None when it takes and gives token ids only."""
         return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How conversations with the model are written; None where the engine does not say."""
+        return self._file.chat
 
     def session(self) -> Session:
         """A new session with a fresh state."""

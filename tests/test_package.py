@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The runtime from the bottom up: a module imports from its own layer, without circles, and from those before it.
 LAYERS = (
     ("errors", "_native"),
-    ("spec", "output", "machine"),
+    ("spec", "output", "machine", "chat"),
     ("container", "weights", "layouts", "enginefile", "initializers", "graph_check", "state", "sampling", "tokenizer"),
     ("backends",),
     ("session",),
@@ -33,7 +33,7 @@ LAZY_PACKAGES = {"onnxruntime", "tensorrt", "tokenizers"}
 
 # What the exporter may import of the runtime; only `verify` opens a session.
 EXPORT_MAY_IMPORT = {
-    "", "container", "enginefile", "errors", "initializers", "output", "spec", "tokenizer", "weights",
+    "", "chat", "container", "enginefile", "errors", "initializers", "output", "spec", "tokenizer", "weights",
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GosletError, TokenizerError
+from ..chat import ChatTemplate, chat_template
+from ..errors import GosletError, InputError, TokenizerError
 from ..sampling import SamplingOptions, StopMatcher
 from ..session import Engine, Session
 from ..tokenizer import Tokenizer
@@ -26,12 +27,13 @@ from .flags import (
     sampling_options,
     whole_number,
 )
-from .text import feed_in_pieces
+from .text import feed_in_pieces, text_argument
 
 NAME = "chat"
 SUMMARY = "talk with a model, line by line"
 
-USER, ASSISTANT, TURN_END = "User:", "Assistant:", "\n\n"
+# What a person sees at the keyboard, whatever the model reads.
+USER, ASSISTANT = "User:", "Assistant:"
 HELP = """\
 /reset      forget the conversation
 /save FILE  save it as a state
@@ -51,13 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N tokens a reply (default: %(default)s)",
     )
+    parser.add_argument(
+        "--mode", metavar="M", help="how it answers: a mode of the template, such as think (goslet inspect shows them)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions that every conversation begins with")
+    parser.add_argument("--chat-template", metavar="T", help="world, g1 or a JSON file (default: the engine's own)")
     add_sampling_flags(parser)
     add_backend_flags(parser)
 
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
-    options = sampling_options(args, f"{TURN_END}{USER}")
+    system = None if args.system is None else text_argument("--system", args.system)
+    chosen = None if args.chat_template is None else chat_template(args.chat_template)
     with open_engine(args) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(
@@ -65,20 +73,38 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 file=engine.file.path,
                 remedy="export it again with --tokenizer",
             )
-        chat = _Chat(engine, engine.tokenizer, console, options, args.max_tokens)
-        chat.loop()
+        template = engine.chat_template if chosen is None else chosen
+        if template is None:
+            raise InputError(
+                "this engine has no chat template", file=args.engine, remedy="give one: --chat-template world"
+            )
+        template.opening(args.mode)  # a mode that is not there, before the first line
+        options = sampling_options(args, template.stop)
+        talk = _Chat(engine, engine.tokenizer, console, options, template, args.max_tokens, args.mode, system)
+        talk.loop()
     return 0
 
 
 class _Chat:
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, console: Console, options: SamplingOptions, max_tokens: int
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        console: Console,
+        options: SamplingOptions,
+        template: ChatTemplate,
+        max_tokens: int,
+        mode: str | None = None,
+        system: str | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._console = console
         self._options = options
+        self._template = template
         self._max_tokens = max_tokens
+        self._mode = mode
+        self._system = system
         self._session: Session = engine.session()
         self._asks = sys.stdin is not None and sys.stdin.isatty()
 
@@ -141,7 +167,7 @@ class _Chat:
             self._console.write(f"{ASSISTANT} ")
         try:
             with Interruption() as interruption:
-                prompt = self._tokenizer.encode(f"{USER} {text}{TURN_END}{ASSISTANT}")
+                prompt = self._tokenizer.encode(self._opening() + self._template.prompt(text, self._mode))
                 logits = feed_in_pieces(self._session, prompt, interruption)
                 if logits is None:
                     self._session = before
@@ -153,10 +179,16 @@ class _Chat:
         finally:
             self._console.write("\n")
 
+    def _opening(self) -> str:
+        """What comes before a conversation's first turn."""
+        if self._system is None or self._session.tokens_seen > 0:
+            return ""
+        return self._template.instructions(self._system)
+
     def _answer(self, logits: NDArray[np.float32], interruption: Interruption) -> None:
         sampler = self._engine.sampler(self._options)
         matcher, decoder = StopMatcher(self._options.stop), self._tokenizer.stream()
-        reply = ""
+        reply = self._show("", self._template.opening(self._mode))
         # The state before the token that began what may become a stop text, and the text since then.
         mark, since = self._session, ""
         for _ in range(self._max_tokens):
@@ -181,7 +213,7 @@ class _Chat:
         else:
             self._session = mark
             since = since.partition(matcher.matched)[0]
-        self._session.feed(self._tokenizer.encode(since + TURN_END))
+        self._session.feed(self._tokenizer.encode(since + self._template.end))
 
     def _show(self, reply: str, piece: str) -> str:
         """Write the next piece of a reply, without the space that it begins with, and return the longer reply."""

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state", metavar="FILE", help="begin with this tuned state, a .pth with time_state (versions 5 to 7)"
     )
     add_adapter_flags(parser)
+    parser.add_argument(
+        "--chat-template",
+        metavar="T",
+        help="how conversations are written: world, g1, none, or a JSON file (default: by the checkpoint's name)",
+    )
     parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
@@ -71,6 +76,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             state=args.state,
             adapter=args.adapter,
             alpha=args.alpha,
+            chat=args.chat_template,
             onnx=args.onnx,
             overwrite=args.force,
             progress=progress,

@@ -53,10 +53,17 @@ def describe(file: EngineFile, *, checked: bool) -> dict[str, Any]:
         "formats": formats,
         "sections": file.section_sizes,
         "tokenizer": file.tokenizer_kind,
+        "chat": None if file.chat is None else file.chat.to_json(),
         "graph": dict(file.graph_info),
         "provenance": dict(file.provenance),
         "weights_checked": checked,
     }
+
+
+def _chat_line(chat: Mapping[str, Any] | None) -> str:
+    if chat is None:
+        return "no template"
+    return f"{json.dumps(chat['user'] + chat['end'] + chat['assistant'])}, modes {', '.join(chat['modes'])}"
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:
@@ -77,6 +84,7 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
         "weights": f"{report['weights']:,} at {report['bits_per_weight']:.2f} bits"
         + (", checksum right" if report["weights_checked"] else ""),
         "tokenizer": report["tokenizer"] or "none (takes and gives token ids)",
+        "chat": _chat_line(report["chat"]),
         "graph": ", ".join(f"{key} {value}" for key, value in report["graph"].items()),
     }
     for name, entry in report["formats"].items():

@@ -37,6 +37,7 @@ def rewritten(source: Path, target: Path, **changes: object) -> Path:
             "program": None if file.program_bytes is None else bytes(file.program_bytes),
             "provenance": {},
             "initial_state": file.initial_state,
+            "chat": file.chat,
             "overwrite": False,
         }
         write_engine(target, **{**arguments, **changes})

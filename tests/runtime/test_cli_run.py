@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 import goslet
+from goslet.chat import BUILT_IN
 from goslet.commands import chat
 from goslet.tokenizer import BytesTokenizer
 
 from .command_line import GOSLET, Outcome, Run, assert_one_line_error
+from .rewriting import rewritten
 
 # ------------------------------------------------------------------------------------------------------------------ run
 
@@ -263,6 +265,35 @@ def test_chat_survives_bad_files(run: Run, tiny_engine: Path, tmp_path: Path) ->
     assert precious.read_text() == "notes"
 
 
+def test_chat_speaks_in_the_engines_template(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    """With a mode and instructions; the state afterwards is that of the text written out."""
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", tokenizer=("bytes", b""), chat=BUILT_IN["g1"])
+    state = tmp_path / "talk.state"
+    words = ("chat", path, "-n", 9, "--temperature", 0, "--system", "Be\n\nkind.")
+    lines = f"hello\nagain\n/save {state}\n".encode()
+    outcome = run(*words, "--mode", "think-a-bit", stdin=lines)
+    assert outcome.code == 0, outcome.err
+    with goslet.open(path) as engine:
+        session, shown = engine.session(), ""
+        for index, said in enumerate(("hello", "again")):
+            prompt = "System: Be\nkind.\n\n" if index == 0 else ""
+            prompt += f"User: {said} think a bit\n\nAssistant: <think"
+            reply = "".join(engine.generate(prompt, max_tokens=9, temperature=0, session=session, stop="\n\nUser:"))
+            session.feed(engine.encode("\n\n"))
+            shown += f"<think{reply}\n"
+        assert outcome.out == shown
+        saved = engine.session()
+        saved.load(state)
+        for name, values in session.state.front.items():
+            np.testing.assert_array_equal(saved.state.front[name], values)
+    assert run(*words, "--chat-template", "world", stdin=lines).out.count("<think") == 0
+    assert_one_line_error(run(*words, "--mode", "thinking"), 1, "plain, think, think-a-bit", "thinking")
+    assert_one_line_error(run(*words, "--chat-template", tmp_path / "none.json"), 1, "none.json", "world, g1")
+    none = rewritten(tiny_engine, tmp_path / "none.goslet", tokenizer=("bytes", b""), chat=None)
+    assert_one_line_error(run("chat", none), 1, "--chat-template world")
+    assert run("chat", none, "-n", 1, "--chat-template", "g1", stdin=b"hi\n").code == 0
+
+
 class ScriptedTokenizer:
     """Tokens are pieces of text; what is fed can be read back."""
 
@@ -339,7 +370,7 @@ def test_chat_remembers_exactly_what_it_shows(
 ) -> None:
     engine: Any = ScriptedEngine(list(script))
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
-    talk = chat._Chat(engine, engine.tokenizer, chat.Console(quiet=True), chat_options(), 7)
+    talk = chat._Chat(engine, engine.tokenizer, chat.Console(quiet=True), chat_options(), BUILT_IN["world"], 7)
     talk.loop()
     assert capsys.readouterr().out == shown + "\n"
     fed = engine.tokenizer.text(talk._session.fed)  # type: ignore[attr-defined]
