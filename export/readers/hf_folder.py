@@ -1,15 +1,12 @@
-"""Hugging Face folders: fla's RWKV-7, and the RWKV-4, 5 and 6 whose tensors keep RWKV's own forms under longer names.
+"""Hugging Face folders: fla's RWKV-6 and 7, and the RWKV-4, 5 and 6 that keep RWKV's own forms under longer names.
 
-A folder holds ``config.json`` and one file of weights or an index of several. fla stores LoRA matrices the other way
-round, calls ln0 ``pre_norm`` and the first numbers of a LoRA its bias, and states the per-head norm's eps in parts of
-the head's size (fla's ``utils/convert_from_rwkv7.py``).
+A folder holds ``config.json`` and one file of weights or an index of several.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,33 +15,13 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MissingTensorError
 from ..models.tensors import LAYER_NORM_EPS
+from .fla_names import from_fla6, from_fla7
 from .rwkv_file import load_pth, load_safetensors
-from .stored import FloatTensor, StoredModel, StoredTensor, shares, turned
+from .stored import FloatTensor, StoredModel, StoredTensor
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = ("rwkv_vocab_v20230424.txt", "rwkv_vocab.txt", "tokenizer.json")
-
-_FLA_TOP = {
-    "model.embeddings.weight": "emb.weight",
-    "model.norm.weight": "ln_out.weight",
-    "model.norm.bias": "ln_out.bias",
-    "lm_head.weight": "head.weight",
-}
-_FLA_PARTS = {
-    "pre_norm": "ln0",
-    "attn_norm": "ln1",
-    "ffn_norm": "ln2",
-    "attn.g_norm": "att.ln_x",
-    "attn.r_proj": "att.receptance",
-    "attn.k_proj": "att.key",
-    "attn.v_proj": "att.value",
-    "attn.o_proj": "att.output",
-}
-_FLA_LORA = re.compile(r"attn\.([wavg])_lora\.lora\.(0\.weight|2\.weight|2\.bias)", re.ASCII)
-_FLA_LORA_PARTS = {"0.weight": "1", "2.weight": "2", "2.bias": "0"}
-_FLA_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)", re.ASCII)
-_FLA_ORDER = "rwkvag"
 
 _OLD_PARTS = (
     ("rwkv.embeddings.", "emb."),
@@ -84,16 +61,15 @@ def read_folder(path: Path) -> StoredModel:
             found=kind[:60],
         )
     raw = _load(path)
-    if kind == "rwkv6" and any(name.startswith("model.layers.") for name in raw):
-        raise CheckpointError(
-            "is an RWKV-6 in fla's form, which goslet does not read yet",
-            file=path,
-            remedy="use the original .pth",
-        )
+    if kind == "rwkv7":
+        own_names = from_fla7
+    elif any(name.startswith("model.layers.") for name in raw):
+        own_names = from_fla6
+    else:
+        own_names = _from_old
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in raw.items():
-        renamed = _from_fla(name, FloatTensor(tensor)) if kind == "rwkv7" else _from_old(name, FloatTensor(tensor))
-        for own_name, stored in renamed:
+        for own_name, stored in own_names(name, FloatTensor(tensor)):
             if own_name in tensors:
                 raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own_name)
             tensors[own_name] = stored
@@ -167,30 +143,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     return load_safetensors(path) if path.suffix == ".safetensors" else load_pth(path)
 
 
-def _from_fla(name: str, stored: FloatTensor) -> Iterator[tuple[str, StoredTensor]]:
-    if name in _FLA_TOP:
-        yield _FLA_TOP[name], stored
-        return
-    found = _FLA_NAME.fullmatch(name)
-    if found is None:
-        yield name, stored
-        return
-    block, part = f"blocks.{int(found[1])}", found[2]
-    lora = _FLA_LORA.fullmatch(part)
-    stem, _, ending = part.rpartition(".")
-    if lora is not None:
-        number = _FLA_LORA_PARTS[lora[2]]
-        yield f"{block}.att.{lora[1]}{number}", stored if number == "0" else turned(stored)
-    elif part == "attn.x_x":
-        for letter, share in shares(stored, _FLA_ORDER).items():
-            yield f"{block}.att.x_{letter}", share
-    elif stem in _FLA_PARTS:
-        yield f"{block}.{_FLA_PARTS[stem]}.{ending}", stored
-    else:
-        yield f"{block}.{part.replace('attn.', 'att.', 1)}", stored
-
-
-def _from_old(name: str, stored: FloatTensor) -> Iterator[tuple[str, StoredTensor]]:
+def _from_old(name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
     for theirs, ours in _OLD_PARTS:
         name = name.replace(theirs, ours)
     yield name, stored

@@ -77,6 +77,44 @@ def save_fla(tensors: Tensors, folder: Path, *, head_dim: int = 64, shards: int 
     save_shards(renamed, folder, shards, save_file)
 
 
+def save_fla6(tensors: Tensors, folder: Path, *, shards: int = 1) -> None:
+    """As fla's converter writes an RWKV-6: the same repository, convert_from_rwkv6.py."""
+    from safetensors.torch import save_file
+
+    renamed: Tensors = {
+        "model.embeddings.weight": tensors["emb.weight"],
+        "lm_head.weight": tensors["head.weight"],
+        **{f"model.norm.{part}": tensors[f"ln_out.{part}"] for part in ("weight", "bias")},
+        **{f"model.layers.0.pre_norm.{part}": tensors[f"blocks.0.ln0.{part}"] for part in ("weight", "bias")},
+    }
+    for layer in range(SIX["n_layer"]):
+        theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
+        for their, own in {"attn_norm": "ln1", "ffn_norm": "ln2", "attn.g_norm": "att.ln_x"}.items():
+            for part in ("weight", "bias"):
+                renamed[f"{theirs}{their}.{part}"] = tensors[f"{ours}{own}.{part}"]
+        attn, att, ffn = f"{theirs}attn.", f"{ours}att.", f"{ours}ffn."
+        renamed[f"{attn}x_proj.0.mu"] = tensors[f"{att}time_maa_x"].reshape(-1)
+        w, k, v, r, g = tensors[f"{att}time_maa_w1"].chunk(5, 1)
+        renamed[f"{attn}x_proj.0.linear.weight"] = torch.cat((r, w, k, v, g), 1).T
+        w, k, v, r, g = tensors[f"{att}time_maa_w2"]
+        renamed[f"{attn}x_proj.2.weight"] = torch.cat((r, w, k, v, g), 0).T
+        renamed[f"{attn}x_bias"] = torch.stack([tensors[f"{att}time_maa_{i}"].reshape(-1) for i in "rwkvg"])
+        for letter, name in {"r": "receptance", "k": "key", "v": "value", "g": "gate"}.items():
+            renamed[f"{attn}{letter}_proj.linear.weight"] = tensors[f"{att}{name}.weight"]
+        renamed[f"{attn}w_proj.linear.lora.0.weight"] = tensors[f"{att}time_decay_w1"].T
+        renamed[f"{attn}w_proj.linear.lora.2.weight"] = tensors[f"{att}time_decay_w2"].T
+        renamed[f"{attn}w_proj.linear.lora.2.bias"] = tensors[f"{att}time_decay"].reshape(-1)
+        renamed[f"{attn}bonus"] = tensors[f"{att}time_faaaa"]
+        renamed[f"{attn}o_proj.weight"] = tensors[f"{att}output.weight"]
+        for name, mix in {"key": "k", "receptance": "r"}.items():
+            renamed[f"{theirs}ffn.{name}.linear.weight"] = tensors[f"{ffn}{name}.weight"]
+            renamed[f"{theirs}ffn.{name}.mu"] = tensors[f"{ffn}time_maa_{mix}"].reshape(-1)
+        renamed[f"{theirs}ffn.value.weight"] = tensors[f"{ffn}value.weight"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "rwkv6", "norm_eps": 1e-5}))
+    save_shards(renamed, folder, shards, save_file)
+
+
 def save_shards(tensors: Tensors, folder: Path, shards: int, save_file: Callable[..., None]) -> None:
     if shards == 1:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -180,8 +218,9 @@ def test_an_rwkv6_in_every_form_is_one_engine(rescale: int, tmp_path: Path) -> N
     save(tensors, tmp_path / "x.pth")
     write_gguf6(tensors, tmp_path / "x.gguf", rescale=rescale)
     save_old(tensors, tmp_path / "folder", "rwkv6")
+    save_fla6(tensors, tmp_path / "fla", shards=2)
     export_engine(tmp_path / "x.pth", tmp_path / "pth.goslet", quant="int8")
-    for name in ("x.gguf", "folder"):
+    for name in ("x.gguf", "folder", "fla"):
         export_engine(tmp_path / name, tmp_path / f"{name}.goslet", quant="int8")
         same_engine(tmp_path / "pth.goslet", tmp_path / f"{name}.goslet")
 
