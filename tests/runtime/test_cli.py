@@ -385,3 +385,24 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     }.items():
         monkeypatch.setenv("XDG_CACHE_HOME", given)
         assert demo.cache_folder() == expected
+
+
+def test_an_rwkv4_pile_takes_its_own_tokenizer(run: Run, shared_data: Path, tmp_path: Path) -> None:
+    """Suggested by the vocabulary's size, and given by its path; text then goes in and out."""
+    pytest.importorskip("torch", reason="exporting needs torch")
+    from random_checkpoint import random_rwkv4, save
+
+    save(random_rwkv4(n_layer=1, n_embd=32, vocab_size=50277, seed=5), tmp_path / "x.pth")
+    outcome = run("export", tmp_path / "x.pth", "-o", tmp_path / "x.goslet")
+    assert outcome.code == 0 and "--tokenizer 20B_tokenizer.json" in outcome.err
+    vocabulary = shared_data / "tokenizers" / "20B_tokenizer.json"
+    outcome = run("export", tmp_path / "x.pth", "-o", tmp_path / "x.goslet", "--tokenizer", vocabulary, "--force")
+    assert outcome.code == 0, outcome.err
+    with goslet.open(tmp_path / "x.goslet") as engine:
+        assert engine.tokenizer is not None and engine.tokenizer.kind == "hf"
+        assert engine.encode("Hello world") == [12092, 1533]
+        expected = engine.session().feed([12092, 1533])
+        ids = list(engine.generate_tokens([12092, 1533], max_tokens=5, options=goslet.SamplingOptions(temperature=0)))
+        assert ids[0] == int(expected.argmax())
+    outcome = run("run", tmp_path / "x.goslet", "-p", "Hello world", "-n", "5", "--temperature", "0", "--quiet")
+    assert (outcome.code, outcome.err) == (0, "")
