@@ -1,8 +1,8 @@
 """Tuned initial states: what RWKV's trainers save as ``blocks.N.att.time_state`` when they tune nothing but the state.
 
-Such a file holds one matrix [H, N, N] for every layer. It lies transposed to the inference layout, which is that of
-PyPI's ``rwkv`` and ours: for versions 5 and 6, whose states are [head, key, value], the file has [head, value, key];
-for 7, whose states are [head, value, key], it has [head, key, value]. The same tensors may lie in an adapter, or beside
+Such a file holds one matrix [head, value, key] for every layer, of whatever version. That is RWKV-7's own state; those
+of 5 and 6 are [head, key, value] in PyPI's ``rwkv`` and here, so there it is turned. (RWKV-PEFT also turns it in version
+7, but for a kernel whose interface is [key, value] in every version.) The same tensors may lie in an adapter, or beside
 the model's own in a checkpoint that they were merged into.
 """
 
@@ -66,7 +66,9 @@ def state_matrices(tensors: Mapping[str, StoredTensor], spec: ModelSpec, path: P
                 expected=list(wanted),
                 found=list(tensors[name].shape),
             )
-        matrix = tensors[name].read(slice(None)).reshape(wanted).transpose(1, 2).contiguous()
+        matrix = tensors[name].read(slice(None)).reshape(wanted)
+        if not spec.version.startswith("7"):
+            matrix = matrix.transpose(1, 2).contiguous()
         if not torch.isfinite(matrix).all():
             raise TensorValueError("a tensor holds NaN or infinity", file=path, place=name, expected="finite numbers")
         matrices[f"{layer}.wkv"] = matrix.numpy()

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <vector>
 
+#include "recurrence.h"
 #include "reference.h"
 
 namespace goslet::reference {
@@ -12,20 +13,12 @@ constexpr double kKeyNormFloor = 1e-12;
 
 void wkv4(const Wkv4Channels& in) {
     for (std::size_t i = 0; i < in.n; ++i) {
-        const double k = in.k[i];
-        const double v = in.v[i];
-        const double first = in.first[i] + k;
-        const double now = std::fmax(in.pp[i], first);
-        const double past = std::exp(in.pp[i] - now);
-        const double present = std::exp(first - now);
-        in.y[i] = static_cast<float>(in.r[i] * (past * in.aa[i] + present * v) / (past * in.bb[i] + present));
-        const double decayed = static_cast<double>(in.pp[i]) + in.decay[i];
-        const double top = std::fmax(decayed, k);
-        const double kept = std::exp(decayed - top);
-        const double added = std::exp(k - top);
-        in.aa[i] = static_cast<float>(kept * in.aa[i] + added * v);
-        in.bb[i] = static_cast<float>(kept * in.bb[i] + added);
-        in.pp[i] = static_cast<float>(top);
+        recurrence::Wkv4State<double> state{in.aa[i], in.bb[i], in.pp[i]};
+        const double mean = recurrence::wkv4<double>(in.k[i], in.v[i], in.decay[i], in.first[i], state);
+        in.y[i] = static_cast<float>(in.r[i] * mean);
+        in.aa[i] = static_cast<float>(state.aa);
+        in.bb[i] = static_cast<float>(state.bb);
+        in.pp[i] = static_cast<float>(state.pp);
     }
 }
 
@@ -35,9 +28,9 @@ void wkv6(const Wkv6Head& head) {
     for (std::size_t i = 0; i < n; ++i) {
         float* row = head.state + i * n;
         for (std::size_t j = 0; j < n; ++j) {
-            const double written = static_cast<double>(head.k[i]) * head.v[j];
-            y[j] += head.r[i] * (head.bonus[i] * written + row[j]);
-            row[j] = static_cast<float>(static_cast<double>(head.w[i]) * row[j] + written);
+            double state = row[j];
+            y[j] += recurrence::wkv6<double>(head.r[i], head.k[i], head.v[j], head.w[i], head.bonus[i], state);
+            row[j] = static_cast<float>(state);
         }
     }
     const std::vector<double> normed = normalized(y, head.norm_eps);
@@ -78,10 +71,9 @@ void wkv7(const Wkv7Head& head) {
         }
         y[i] = 0.0;
         for (std::size_t j = 0; j < n; ++j) {
-            const double updated =
-                static_cast<double>(row[j]) * head.w[j] - removed * (kappa[j] * head.a[j]) + v[i] * k[j];
-            y[i] += updated * head.r[j];
-            row[j] = static_cast<float>(updated);
+            double state = row[j];
+            y[i] += recurrence::wkv7<double>(head.r[j], head.w[j], k[j], v[i], kappa[j] * head.a[j], removed, state);
+            row[j] = static_cast<float>(state);
         }
     }
 

@@ -1,0 +1,96 @@
+// A model of CUDA on the host, for tests: blocks run one after another, the threads of a block are fibers that change
+// places at barriers and at what a warp does together. What differs between GPUs and this model: blocks never run at
+// the same time, and between two meetings a thread runs alone. A kernel whose threads do not all come to a meeting is
+// reported, never waited for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "goslet_cuda.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// Blocks run one after another, so one place is enough for what a block shares.
+#define __shared__ static
+#define threadIdx (::goslet::cuda::host::here().thread)
+#define blockIdx (::goslet::cuda::host::here().block)
+#define blockDim (::goslet::cuda::host::here().threads)
+
+struct __half {
+    std::uint16_t bits;
+};
+
+struct __nv_bfloat16 {
+    std::uint16_t bits;
+};
+
+float __half2float(__half value);
+__half __float2half_rn(float value);
+float __bfloat162float(__nv_bfloat16 value);
+__nv_bfloat16 __float2bfloat16_rn(float value);
+std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uint32_t selector);
+float __uint_as_float(std::uint32_t bits);
+float __shfl_xor_sync(std::uint32_t mask, float value, int lane_mask);
+void __syncthreads();
+
+namespace goslet::cuda {
+
+namespace host {
+
+struct Index {
+    unsigned x;
+};
+
+struct Place {
+    Index thread;
+    Index block;
+    Index threads;
+};
+
+// Where the code that asks runs.
+const Place& here();
+
+// Runs `body` as each thread of each block. 0, or a code for device_error.
+int run(std::int64_t n_blocks, int n_threads, const std::function<void()>& body);
+
+}  // namespace host
+
+const char* device_error(int code);
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads, goslet_cuda_stream,
+           Arguments... arguments) {
+    return host::run(n_blocks, n_threads, [&] { kernel(arguments...); });
+}
+
+template <typename T>
+T load_streamed(const T* from) {
+    return *from;
+}
+
+template <typename T>
+void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+template <>
+void multiply_add<__half>(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+template <>
+void multiply_add<__nv_bfloat16>(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+
+template <typename T>
+std::uint32_t subtract_pairs(std::uint32_t a, std::uint32_t b);
+template <>
+std::uint32_t subtract_pairs<__half>(std::uint32_t a, std::uint32_t b);
+template <>
+std::uint32_t subtract_pairs<__nv_bfloat16>(std::uint32_t a, std::uint32_t b);
+
+std::uint32_t bf16_pair(float low, float high);
+
+}  // namespace goslet::cuda
+
+// The order in which a block's threads take turns, and blocks theirs: 0 forward, 1 backward, any other number a seed
+// for a new order at every meeting. A kernel must not depend on it.
+extern "C" GOSLET_CUDA_API void goslet_cuda_host_order(std::uint32_t order);

@@ -1,0 +1,57 @@
+"""How quantized weights lie for the CUDA kernels, as ``csrc/include/goslet_cuda.h`` says at ``goslet_cuda_product``.
+
+Nothing of goslet is imported here, so that ``tools/gpu_check.py`` can use this file where goslet is not installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PADDED_TO = 128
+
+
+def padded_inputs(n_in: int) -> int:
+    """The number of inputs that the kernels see."""
+    return -(-n_in // PADDED_TO) * PADDED_TO
+
+
+def pack_weights(numbers: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """The bytes of a matrix's weights.
+
+    Args:
+        numbers: signed numbers [n_out, n_in]: -8 to 7 for 4 bits, -128 to 127 for 8.
+        bits: 4 or 8.
+
+    Returns:
+        uint8 [n_out, padded_inputs(n_in) · bits / 8].
+    """
+    n_out, n_in = numbers.shape
+    whole = np.zeros((n_out, padded_inputs(n_in)), np.int8)
+    whole[:, :n_in] = numbers
+    packed: NDArray[np.uint8]
+    if bits == 4:
+        # (step, j, c, byte): word 4c + j of a step has eight inputs, the later four in the high halves.
+        halves = (whole + 8).astype(np.uint8).reshape(n_out, -1, 4, 4, 2, 4)
+        packed = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(0, 1, 3, 2, 4)
+    else:
+        packed = whole.view(np.uint8).reshape(n_out, -1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(packed).reshape(n_out, -1)
+
+
+def pack_scales(scales: NDArray[Any], n_in: int, group: int) -> NDArray[np.float16]:
+    """The scales of a matrix's groups, with zeros for the padded ones.
+
+    Args:
+        scales: [n_out, ⌈n_in / group⌉].
+        n_in: inputs.
+        group: inputs that share a scale.
+
+    Returns:
+        float16 [n_out, padded_inputs(n_in) / group].
+    """
+    whole = np.zeros((len(scales), padded_inputs(n_in) // group), np.float16)
+    whole[:, : scales.shape[1]] = scales
+    return whole
