@@ -31,14 +31,17 @@ def pack_weights(numbers: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     n_out, n_in = numbers.shape
     whole = np.zeros((n_out, padded_inputs(n_in)), np.int8)
     whole[:, :n_in] = numbers
-    packed: NDArray[np.uint8]
     if bits == 4:
-        # (step, j, c, byte): word 4c + j of a step has eight inputs, the later four in the high halves.
-        halves = (whole + 8).astype(np.uint8).reshape(n_out, -1, 4, 4, 2, 4)
-        packed = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(0, 1, 3, 2, 4)
-    else:
-        packed = whole.view(np.uint8).reshape(n_out, -1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4, 5)
-    return np.ascontiguousarray(packed).reshape(n_out, -1)
+        # (step, j, c, i, odd): word 4c + j of a step has eight inputs, the even ones in its low half.
+        pairs = (whole + 8).astype(np.uint32).reshape(n_out, -1, 4, 4, 4, 2)
+        shifts = 4 * np.arange(4, dtype=np.uint32)[:, None] + np.array([0, 16], np.uint32)
+        words = (pairs << shifts).sum((-2, -1), dtype=np.uint32).astype("<u4").transpose(0, 1, 3, 2)
+        return np.ascontiguousarray(words).view(np.uint8).reshape(n_out, -1)
+    return _flat(whole.view(np.uint8).reshape(n_out, -1, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4, 5))
+
+
+def _flat(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(packed).reshape(len(packed), -1)
 
 
 def pack_scales(scales: NDArray[Any], n_in: int, group: int) -> NDArray[np.float16]:

@@ -275,9 +275,9 @@ class Checks:
             self.same(f"{name} in place y", again, y)
 
     def _matrix_cases(self, decays: tuple[bool, ...]) -> Iterator[tuple[int, int, tuple[int, int, int], bool]]:
-        sizes = ((1, 12, 64), (2, 3, 64), (1, 1, 1), (2, 3, 5), (1, 2, 100), (1, 1, 256))
+        sizes = [(1, 12, 64), (2, 3, 64), (1, 1, 1), (2, 3, 5), (1, 2, 100), (1, 1, 256)]
         if self.kernels.device != "cpu":
-            sizes += ((64, 32, 64), (1, 40, 64), (3, 7, 63), (9, 32, 64))
+            sizes += [(64, 32, 64), (1, 40, 64), (3, 7, 63), (9, 32, 64)]
         for kind in (F32, F16, BF16):
             for state_kind in (F32, F16):
                 for shape in sizes:

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "goslet_cuda.h"
+#include "grid.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -17,17 +18,21 @@
 
 namespace goslet::cuda {
 
-constexpr int kWarp = 32;
-
 #if defined(__CUDACC__)
 
 // Starts a kernel; 0 or the cudaError_t of the launch.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads, goslet_cuda_stream stream,
-           Arguments... arguments) {
-    kernel<<<static_cast<unsigned>(n_blocks), static_cast<unsigned>(n_threads), 0, static_cast<cudaStream_t>(stream)>>>(
-        arguments...);
+int launch(void (*kernel)(Parameters...), const Grid& grid, goslet_cuda_stream stream, Arguments... arguments) {
+    kernel<<<static_cast<unsigned>(grid.n_blocks), static_cast<unsigned>(grid.n_threads),
+             static_cast<std::size_t>(grid.shared_bytes), static_cast<cudaStream_t>(stream)>>>(arguments...);
     return static_cast<int>(cudaGetLastError());
+}
+
+// What the threads of a block share: `shared_bytes` of its grid.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+    extern __shared__ uint4 memory[];
+    return reinterpret_cast<T*>(memory);
 }
 
 // c += a b for a (16, 16), b (16, 8) and c (16, 8), spread over a warp as PTX says for mma.m16n8k16: with lane = 4·row
@@ -84,6 +89,25 @@ __device__ __forceinline__ T load_streamed(const T* from) {
 
 inline const char* device_error(int code) {
     return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+// (a & b) | c in one instruction, which two constants would otherwise make two of.
+__device__ __forceinline__ std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+    std::uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+// a · b + c for the two f16 of each word.
+__device__ __forceinline__ std::uint32_t multiply_add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+    std::uint32_t result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+// A number that is the same in all lanes, said to the compiler.
+__device__ __forceinline__ int same_in_warp(int value) {
+    return __shfl_sync(0xFFFFFFFF, value, 0);
 }
 
 // Two floats, rounded to bf16, low one first.

@@ -6,6 +6,7 @@
 #include <array>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -13,8 +14,8 @@
 namespace goslet::cuda::host {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxSharedBytes = 48 * 1024;
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr int kDiverged = 1;
 constexpr int kBadLaunch = 2;
@@ -40,7 +41,12 @@ struct Fiber {
     std::uint64_t n_past = 0;  // of the meeting, when the wait began
 };
 
+struct AlignedDelete {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{16}); }
+};
+
 std::mutex one_launch;
+std::unique_ptr<void, AlignedDelete> shared_memory;
 std::uint32_t order = 0;
 std::vector<Fiber> fibers;
 std::vector<Meeting> warps;
@@ -191,11 +197,19 @@ const Place& here() {
     return current->place;
 }
 
-int run(std::int64_t n_blocks, int n_threads, const std::function<void()>& body) {
-    if (n_blocks < 1 || n_blocks > INT32_MAX || n_threads < 1 || n_threads > kMaxThreads) {
+void* dynamic_shared() {
+    return shared_memory.get();
+}
+
+int run(const Grid& grid, const std::function<void()>& body) {
+    const auto [n_blocks, n_threads, shared_bytes] = grid;
+    if (n_blocks < 1 || n_blocks > INT32_MAX || n_threads < 1 || n_threads > kMaxThreads || shared_bytes < 0 ||
+        shared_bytes > kMaxSharedBytes) {
         return kBadLaunch;
     }
     const std::lock_guard<std::mutex> lock(one_launch);
+    // As large as it was asked for, so that a sanitizer sees what lies past its end.
+    shared_memory.reset(::operator new(static_cast<std::size_t>(shared_bytes), std::align_val_t{16}));
     while (fibers.size() < static_cast<std::size_t>(n_threads)) {
         fibers.emplace_back().stack = std::make_unique<char[]>(kStackBytes);
     }
@@ -239,6 +253,15 @@ std::uint32_t subtract_pairs<__half>(std::uint32_t a, std::uint32_t b) {
 template <>
 std::uint32_t subtract_pairs<__nv_bfloat16>(std::uint32_t a, std::uint32_t b) {
     return host::subtract_pairs_of<__nv_bfloat16>(a, b);
+}
+
+std::uint32_t multiply_add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+    // A product of two f16 and its sum with a third are exact in double or close enough to round once.
+    const auto one = [&](int i) {
+        const double product = static_cast<double>(host::half_of<__half>(a, i)) * host::half_of<__half>(b, i);
+        return host::bits_of<__half>(static_cast<float>(product + host::half_of<__half>(c, i)));
+    };
+    return host::pair_of(one(0), one(1));
 }
 
 std::uint32_t bf16_pair(float low, float high) {
@@ -314,7 +337,7 @@ float __shfl_xor_sync(std::uint32_t, float value, int lane_mask) {
     Shown own{};
     std::memcpy(own.words.data(), &value, sizeof value);
     const Shown* const lanes = goslet::cuda::host::exchange(own);
-    const unsigned lane = goslet::cuda::host::here().thread.x % goslet::cuda::host::kWarp;
+    const unsigned lane = goslet::cuda::host::here().thread.x % goslet::cuda::kWarp;
     return __uint_as_float(lanes[lane ^ static_cast<unsigned>(lane_mask)].words[0]);
 }
 

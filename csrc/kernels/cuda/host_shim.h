@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "goslet_cuda.h"
+#include "grid.h"
 
 #define __global__
 #define __device__
@@ -56,16 +57,22 @@ struct Place {
 const Place& here();
 
 // Runs `body` as each thread of each block. 0, or a code for device_error.
-int run(std::int64_t n_blocks, int n_threads, const std::function<void()>& body);
+int run(const Grid& grid, const std::function<void()>& body);
+
+void* dynamic_shared();
 
 }  // namespace host
 
 const char* device_error(int code);
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), std::int64_t n_blocks, int n_threads, goslet_cuda_stream,
-           Arguments... arguments) {
-    return host::run(n_blocks, n_threads, [&] { kernel(arguments...); });
+int launch(void (*kernel)(Parameters...), const Grid& grid, goslet_cuda_stream, Arguments... arguments) {
+    return host::run(grid, [&] { kernel(arguments...); });
+}
+
+template <typename T>
+T* dynamic_shared() {
+    return static_cast<T*>(host::dynamic_shared());
 }
 
 template <typename T>
@@ -86,6 +93,16 @@ template <>
 std::uint32_t subtract_pairs<__half>(std::uint32_t a, std::uint32_t b);
 template <>
 std::uint32_t subtract_pairs<__nv_bfloat16>(std::uint32_t a, std::uint32_t b);
+
+std::uint32_t multiply_add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c);
+
+inline std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+    return (a & b) | c;
+}
+
+inline int same_in_warp(int value) {
+    return value;
+}
 
 std::uint32_t bf16_pair(float low, float high);
 

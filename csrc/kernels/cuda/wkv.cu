@@ -20,18 +20,18 @@ constexpr int kHead = 64;  // the head size of all released models
 
 // -------------------------------------------------------------------------------------------------------------- RWKV-4
 
-constexpr int kWkv4Threads = 128;
+constexpr int kWkv4Threads = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(kWkv4Threads)
-    wkv4(std::int64_t n, std::int64_t n_embd, const T* k, const T* v, const float* w, const float* u,
+    wkv4(unsigned n, unsigned n_embd, const T* k, const T* v, const float* w, const float* u,
          const float* aa_in, const float* bb_in, const float* pp_in, T* y, float* aa_out, float* bb_out,
          float* pp_out) {
-    const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWkv4Threads + threadIdx.x;
+    const unsigned i = blockIdx.x * kWkv4Threads + threadIdx.x;
     if (i >= n) {
         return;
     }
-    const std::int64_t channel = i % n_embd;
+    const unsigned channel = i % n_embd;
     recurrence::Wkv4State<float> state{aa_in[i], bb_in[i], pp_in[i]};
     y[i] = from_float<T>(recurrence::wkv4<float>(to_float(k[i]), to_float(v[i]), w[channel], u[channel], state));
     aa_out[i] = state.aa;
@@ -41,12 +41,29 @@ __global__ void __launch_bounds__(kWkv4Threads)
 
 // -------------------------------------------------------------------------------------------------------- RWKV-5 and 6
 
+// One number or four side by side.
+template <int kCount>
+struct Run {
+    float at[kCount];
+};
+
+template <int kCount, typename T>
+__device__ __forceinline__ Run<kCount> load_run(const T* from) {
+    static_assert(kCount == 1 || kCount == 4, "one access");
+    if constexpr (kCount == 1) {
+        return {{to_float(*from)}};
+    } else {
+        const Four four = load4(from);
+        return {{four.at[0], four.at[1], four.at[2], four.at[3]}};
+    }
+}
+
 constexpr int kWkv6Threads = 256;
 
-// Heads of 64. A block has `kColumns` of the 64 values of a head, four a thread; a thread has every `kGroups`-th key.
+// Heads of 64. A block has `kColumns` of the 64 values of a head, four a thread; a thread has `kRows` keys after another.
 template <typename T, typename S, int kColumns>
 __global__ void __launch_bounds__(kWkv6Threads)
-    wkv6_64(std::int64_t n_head, const T* r, const T* k, const T* v, const float* w, bool w_by_token, const float* u,
+    wkv6_64(unsigned n_head, const T* r, const T* k, const T* v, const float* w, bool w_by_token, const float* u,
             const S* state_in, T* y, S* state_out) {
     constexpr int kBlocks = kHead / kColumns;
     constexpr int kLanes = kColumns / 4;
@@ -56,32 +73,32 @@ __global__ void __launch_bounds__(kWkv6Threads)
     __shared__ float sums[kWkv6Threads / kWarp][kColumns];
 
     const int thread = static_cast<int>(threadIdx.x);
-    const std::int64_t head = blockIdx.x / kBlocks;
+    const unsigned head = blockIdx.x / kBlocks;
     const int column = static_cast<int>(blockIdx.x % kBlocks) * kColumns + thread % kLanes * 4;
-    const int group = thread / kLanes;
-    const std::int64_t own = head * kHead;
+    const int first = thread / kLanes * kRows;
+    const std::int64_t own = static_cast<std::int64_t>(head) * kHead;
     const std::int64_t shared = head % n_head * kHead;
     const std::int64_t decays = w_by_token ? own : shared;
 
     Four state[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        state[i] = load4(state_in + (own + group + i * kGroups) * kHead + column);
+        state[i] = load4(state_in + (own + first + i) * kHead + column);
     }
+    const Run<kRows> receptance = load_run<kRows>(r + own + first);
+    const Run<kRows> key = load_run<kRows>(k + own + first);
+    const Run<kRows> decay = load_run<kRows>(w + decays + first);
+    const Run<kRows> bonus = load_run<kRows>(u + shared + first);
     const Four value = load4(v + own + column);
     Four part{{0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-        const int row = group + i * kGroups;
-        const float r_row = to_float(r[own + row]);
-        const float k_row = to_float(k[own + row]);
-        const float w_row = w[decays + row];
-        const float u_row = u[shared + row];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            part.at[j] += recurrence::wkv6<float>(r_row, k_row, value.at[j], w_row, u_row, state[i].at[j]);
+            part.at[j] += recurrence::wkv6<float>(receptance.at[i], key.at[i], value.at[j], decay.at[i], bonus.at[i],
+                                                  state[i].at[j]);
         }
-        store4(state_out + (own + row) * kHead + column, state[i]);
+        store4(state_out + (own + first + i) * kHead + column, state[i]);
     }
 
 #pragma unroll
@@ -108,17 +125,17 @@ __global__ void __launch_bounds__(kWkv6Threads)
 // Any head. A block has 32 values, one a lane; its warps share the keys.
 template <typename T, typename S>
 __global__ void __launch_bounds__(kWkv6Threads)
-    wkv6_any(std::int64_t n_head, int n, const T* r, const T* k, const T* v, const float* w, bool w_by_token,
+    wkv6_any(unsigned n_head, int n, const T* r, const T* k, const T* v, const float* w, bool w_by_token,
              const float* u, const S* state_in, T* y, S* state_out) {
     constexpr int kWarps = kWkv6Threads / kWarp;
     __shared__ float sums[kWarps][kWarp];
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int blocks = (n + kWarp - 1) / kWarp;
-    const std::int64_t head = blockIdx.x / blocks;
+    const unsigned blocks = static_cast<unsigned>(n + kWarp - 1) / kWarp;
+    const unsigned head = blockIdx.x / blocks;
     const int column = static_cast<int>(blockIdx.x % blocks) * kWarp + lane;
-    const std::int64_t own = head * n;
-    const std::int64_t shared = head % n_head * n;
+    const std::int64_t own = static_cast<std::int64_t>(head) * n;
+    const std::int64_t shared = static_cast<std::int64_t>(head % n_head) * n;
     const std::int64_t decays = w_by_token ? own : shared;
     float part = 0.0f;
     if (column < n) {
@@ -300,7 +317,7 @@ int goslet_cuda_wkv4(goslet_cuda_type type, int64_t batch, int64_t n_embd, const
     const std::int64_t n = batch * n_embd;
     return with_types(type, GOSLET_CUDA_F32, [&](auto number, auto) {
         using T = decltype(number);
-        return launch(wkv4<T>, (n + kWkv4Threads - 1) / kWkv4Threads, kWkv4Threads, stream, n, n_embd, as<T>(k),
+        return launch(wkv4<T>, {(n + kWkv4Threads - 1) / kWkv4Threads, kWkv4Threads}, stream, static_cast<unsigned>(n), static_cast<unsigned>(n_embd), as<T>(k),
                       as<T>(v), w, u, aa_in, bb_in, pp_in, as<T>(y), aa_out, bb_out, pp_out);
     });
 }
@@ -321,13 +338,13 @@ int goslet_cuda_wkv6(goslet_cuda_type type, goslet_cuda_type state_type, int64_t
         using T = decltype(number);
         using S = decltype(state);
         const auto start = [&](auto kernel, std::int64_t blocks_per_head) {
-            return launch(kernel, heads * blocks_per_head, kWkv6Threads, stream, n_head, as<T>(r), as<T>(k), as<T>(v),
+            return launch(kernel, {heads * blocks_per_head, kWkv6Threads}, stream, static_cast<unsigned>(n_head), as<T>(r), as<T>(k), as<T>(v),
                           w, by_token, u, as<S>(state_in), as<T>(y), as<S>(state_out));
         };
         if (n == kHead) {
             return heads >= kManyHeads ? start(wkv6_64<T, S, kHead>, 1) : start(wkv6_64<T, S, kHead / 4>, 4);
         }
-        return launch(wkv6_any<T, S>, heads * ((n + kWarp - 1) / kWarp), kWkv6Threads, stream, n_head, n, as<T>(r),
+        return launch(wkv6_any<T, S>, {heads * ((n + kWarp - 1) / kWarp), kWkv6Threads}, stream, static_cast<unsigned>(n_head), n, as<T>(r),
                       as<T>(k), as<T>(v), w, by_token, u, as<S>(state_in), as<T>(y), as<S>(state_out));
     });
 }
@@ -347,14 +364,14 @@ int goslet_cuda_wkv7(goslet_cuda_type type, goslet_cuda_type state_type, int64_t
         using T = decltype(number);
         using S = decltype(state);
         const auto start = [&](auto kernel, std::int64_t blocks_per_head) {
-            return launch(kernel, heads * blocks_per_head, kWkv7Threads, stream, as<T>(r), w, as<T>(k), as<T>(v),
+            return launch(kernel, {heads * blocks_per_head, kWkv7Threads}, stream, as<T>(r), w, as<T>(k), as<T>(v),
                           as<T>(kappa), as<T>(a), as<S>(state_in), as<T>(y), as<S>(state_out));
         };
         if (n == kHead) {
-            return heads >= kManyHeads ? start(wkv7_64<T, S, 4>, 2) : start(wkv7_64<T, S, 2>, 4);
+            return heads >= kManyHeads ? start(wkv7_64<T, S, 4>, 2) : start(wkv7_64<T, S, 1>, 8);
         }
         constexpr int kWarps = kWkv7Threads / kWarp;
-        return launch(wkv7_any<T, S>, heads * ((n + kWarps - 1) / kWarps), kWkv7Threads, stream, n, as<T>(r), w,
+        return launch(wkv7_any<T, S>, {heads * ((n + kWarps - 1) / kWarps), kWkv7Threads}, stream, n, as<T>(r), w,
                       as<T>(k), as<T>(v), as<T>(kappa), as<T>(a), as<S>(state_in), as<T>(y), as<S>(state_out));
     });
 }
