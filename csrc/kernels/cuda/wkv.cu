@@ -24,9 +24,8 @@ constexpr int kWkv4Threads = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(kWkv4Threads)
-    wkv4(unsigned n, unsigned n_embd, const T* k, const T* v, const float* w, const float* u,
-         const float* aa_in, const float* bb_in, const float* pp_in, T* y, float* aa_out, float* bb_out,
-         float* pp_out) {
+    wkv4(unsigned n, unsigned n_embd, const T* k, const T* v, const float* w, const float* u, const float* aa_in,
+         const float* bb_in, const float* pp_in, T* y, float* aa_out, float* bb_out, float* pp_out) {
     const unsigned i = blockIdx.x * kWkv4Threads + threadIdx.x;
     if (i >= n) {
         return;
@@ -60,7 +59,8 @@ __device__ __forceinline__ Run<kCount> load_run(const T* from) {
 
 constexpr int kWkv6Threads = 256;
 
-// Heads of 64. A block has `kColumns` of the 64 values of a head, four a thread; a thread has `kRows` keys after another.
+// Heads of 64. A block has `kColumns` of the 64 values of a head, four a thread; a thread has `kRows` keys after
+// another.
 template <typename T, typename S, int kColumns>
 __global__ void __launch_bounds__(kWkv6Threads)
     wkv6_64(unsigned n_head, const T* r, const T* k, const T* v, const float* w, bool w_by_token, const float* u,
@@ -317,8 +317,9 @@ int goslet_cuda_wkv4(goslet_cuda_type type, int64_t batch, int64_t n_embd, const
     const std::int64_t n = batch * n_embd;
     return with_types(type, GOSLET_CUDA_F32, [&](auto number, auto) {
         using T = decltype(number);
-        return launch(wkv4<T>, {(n + kWkv4Threads - 1) / kWkv4Threads, kWkv4Threads}, stream, static_cast<unsigned>(n), static_cast<unsigned>(n_embd), as<T>(k),
-                      as<T>(v), w, u, aa_in, bb_in, pp_in, as<T>(y), aa_out, bb_out, pp_out);
+        return launch(wkv4<T>, {(n + kWkv4Threads - 1) / kWkv4Threads, kWkv4Threads}, stream, static_cast<unsigned>(n),
+                      static_cast<unsigned>(n_embd), as<T>(k), as<T>(v), w, u, aa_in, bb_in, pp_in, as<T>(y), aa_out,
+                      bb_out, pp_out);
     });
 }
 
@@ -338,14 +339,15 @@ int goslet_cuda_wkv6(goslet_cuda_type type, goslet_cuda_type state_type, int64_t
         using T = decltype(number);
         using S = decltype(state);
         const auto start = [&](auto kernel, std::int64_t blocks_per_head) {
-            return launch(kernel, {heads * blocks_per_head, kWkv6Threads}, stream, static_cast<unsigned>(n_head), as<T>(r), as<T>(k), as<T>(v),
-                          w, by_token, u, as<S>(state_in), as<T>(y), as<S>(state_out));
+            return launch(kernel, {heads * blocks_per_head, kWkv6Threads}, stream, static_cast<unsigned>(n_head),
+                          as<T>(r), as<T>(k), as<T>(v), w, by_token, u, as<S>(state_in), as<T>(y), as<S>(state_out));
         };
         if (n == kHead) {
             return heads >= kManyHeads ? start(wkv6_64<T, S, kHead>, 1) : start(wkv6_64<T, S, kHead / 4>, 4);
         }
-        return launch(wkv6_any<T, S>, {heads * ((n + kWarp - 1) / kWarp), kWkv6Threads}, stream, static_cast<unsigned>(n_head), n, as<T>(r),
-                      as<T>(k), as<T>(v), w, by_token, u, as<S>(state_in), as<T>(y), as<S>(state_out));
+        return launch(wkv6_any<T, S>, {heads * ((n + kWarp - 1) / kWarp), kWkv6Threads}, stream,
+                      static_cast<unsigned>(n_head), n, as<T>(r), as<T>(k), as<T>(v), w, by_token, u, as<S>(state_in),
+                      as<T>(y), as<S>(state_out));
     });
 }
 
