@@ -77,9 +77,9 @@ GOSLET_CUDA_API int goslet_cuda_wkv7(goslet_cuda_type type, goslet_cuda_type sta
 // Words of 32 bits are little-endian.
 //
 //   weights   an output's numbers after another's. 4 bits: 64 bytes for every 128 inputs; word 4c + j of these holds
-//             inputs 32j + 8c to 32j + 8c + 7, each as the number plus 8: bits 4i to 4i + 3 the one at 2i, bits 4i + 16 to
-//             4i + 19 the one at 2i + 1. 8 bits: 64 bytes for every 64 inputs; word 4c + j holds
-//             inputs 32(j / 2) + 8c + 4(j mod 2) and the three after it, each as the signed number.
+//             inputs 32j + 8c to 32j + 8c + 7, each as the number plus 8: bits 4i to 4i + 3 the one at 2i, bits 4i + 16
+//             to 4i + 19 the one at 2i + 1. 8 bits: 64 bytes for every 64 inputs; word 4c + j holds inputs 32(j / 2) +
+//             8c + 4(j mod 2) and the three after it, each as the signed number.
 //   scales    (n_out, padded n_in / group) fp16
 GOSLET_CUDA_API int goslet_cuda_product(goslet_cuda_type type, int bits, int64_t group, int64_t n_rows, int64_t n_in,
                                         int64_t n_out, const void* x, const void* weights, const void* scales, void* y,

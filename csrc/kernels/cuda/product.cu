@@ -116,7 +116,7 @@ struct Loaded {
 // 2^`split_bits` warps share the inputs of a tile, and a block has as many tiles as its warps allow. Weights go to
 // registers, some steps before they are used; activations to shared memory, `n_rounds` rounds of steps at a time.
 template <typename T, int kBits, int kGroup>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     product_tile(int n_rows, int n_in, int n_out, int split_bits, int n_rounds, const T* __restrict__ x,
                  const std::uint8_t* __restrict__ weights, const __half* __restrict__ scales, T* __restrict__ y) {
     constexpr int kGroupsInStep = kStep<kBits> / kGroup;  // 0 where a group is longer than a step
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
 
 // With float activations, plainly: a warp has an output, a lane every 32nd word of it.
 template <int kBits>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     product_float(int n_rows, std::int64_t n_in, std::int64_t n_out, int group, const float* __restrict__ x,
                   const std::uint32_t* __restrict__ weights, const __half* __restrict__ scales, float* __restrict__ y) {
     constexpr int kWordInputs = 32 / kBits;

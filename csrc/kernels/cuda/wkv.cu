@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kWkv7Threads)
 
 // Any head. A warp has a row of the state.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kWkv7Threads)
+__global__ void __launch_bounds__(kWkv7Threads, 1)
     wkv7_any(int n, const T* r, const float* w, const T* k, const T* v, const T* kappa, const T* a, const S* state_in,
              T* y, S* state_out) {
     constexpr int kWarps = kWkv7Threads / kWarp;

@@ -1,0 +1,154 @@
+"""tools/gpu_check.py on the host's model of CUDA, the layout of weights, and what the compiler says of the kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import build_csrc
+
+torch = pytest.importorskip("torch", reason="the checks compare with torch")
+
+import cuda_resources  # noqa: E402
+import gpu_check  # noqa: E402
+
+from goslet.cuda_layout import pack_scales, pack_weights, padded_inputs  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def shim(csrc_build: Path) -> Path:
+    """The CUDA kernels, built for the host."""
+    build_csrc(csrc_build, "goslet_cuda_host")
+    return csrc_build / "libgoslet_cuda_host.so"
+
+
+@pytest.mark.parametrize("order", [0, 1, 5])
+def test_every_check_passes_on_the_host(order: int, shim: Path, tmp_path: Path) -> None:
+    """Also with threads taking turns backwards and at random: a kernel must not depend on who is first."""
+    library = ctypes.CDLL(str(shim))
+    library.goslet_cuda_host_order(order)
+    try:
+        assert gpu_check.main(["--shim", str(shim), "--out", str(tmp_path / "r.json")]) == 0
+    finally:
+        library.goslet_cuda_host_order(0)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["passed"] is True and report["speeds"] == []
+    names = [check["name"] for check in report["checks"]]
+    for kernel in ("wkv4", "wkv5", "wkv6", "wkv7", "product int4", "product int8", "refusal"):
+        assert sum(name.startswith(kernel) for name in names) >= 5, kernel
+    assert {check["status"] for check in report["checks"]} == {"passed"}
+
+
+def test_a_wrong_kernel_fails(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that swaps two of its inputs, and one that writes nothing."""
+    wkv7 = gpu_check.Kernels.wkv7
+
+    def swapped(self, kind, state_kind, r, w, k, v, *more):  # type: ignore[no-untyped-def]
+        wkv7(self, kind, state_kind, r, w, v, k, *more)
+
+    monkeypatch.setattr(gpu_check.Kernels, "wkv7", swapped)
+    monkeypatch.setattr(gpu_check.Kernels, "product", lambda *arguments: None)
+    assert gpu_check.main(["--shim", str(shim), "--out", str(tmp_path / "r.json")]) == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    failed = {check["name"].split()[0] for check in report["checks"] if check["status"] == "failed"}
+    assert failed == {"wkv7", "product", "refusal"} and not report["passed"]
+
+
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_the_kernels_compute_the_graphs_operators(version: str, shim: Path) -> None:
+    """Against the plain forms that the exporter traces, in float64; the tolerance is float's, see gpu_check."""
+    from goslet.export.models import rwkv4, rwkv5, rwkv6, rwkv7
+
+    kernels = gpu_check.Kernels(torch, shim, "cpu")
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def decay(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator) * 0.4 + 0.55
+
+    shape = (2, 3, 64)
+    if version == "4":
+        inputs = [normal(2, 70), normal(2, 70), -decay(70), normal(70), normal(2, 70), decay(2, 70), normal(2, 70)]
+        expected = rwkv4.WKV4.reference(*(part.double() for part in inputs))
+        found = tuple(torch.full((2, 70), torch.nan) for _ in range(4))
+        kernels.wkv4(0, *inputs[:4], tuple(inputs[4:]), found[0], found[1:])
+    elif version == "7":
+        inputs = [normal(*shape), decay(*shape), *(normal(*shape) / 8 for _ in range(4)), normal(*shape, 64)]
+        expected = rwkv7.WKV7.reference(*(part.double() for part in inputs))
+        found = (torch.full(shape, torch.nan), torch.full((*shape, 64), torch.nan))
+        kernels.wkv7(0, 0, *inputs, *found)
+    else:
+        w = decay(*shape[1:]) if version == "5.2" else decay(*shape)
+        inputs = [*(normal(*shape) for _ in range(3)), w, normal(*shape[1:]), normal(*shape, 64)]
+        operator = rwkv5.WKV5 if version == "5.2" else rwkv6.WKV6
+        expected = operator.reference(*(part.double() for part in inputs))
+        found = (torch.full(shape, torch.nan), torch.full((*shape, 64), torch.nan))
+        kernels.wkv6(0, 0, *inputs, *found)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_lie_as_the_header_says(bits: int) -> None:
+    """Every number is found at the place that goslet_cuda.h gives it, computed here one by one."""
+    generator = np.random.default_rng(3)
+    n_out, n_in = 3, 160
+    numbers = generator.integers(-8 if bits == 4 else -128, 8 if bits == 4 else 128, (n_out, n_in)).astype(np.int8)
+    words = pack_weights(numbers, bits).view("<u4")
+    assert padded_inputs(n_in) == 256 and words.shape == (n_out, 256 * bits // 32)
+    for output in range(n_out):
+        for i in range(256):
+            step, within = divmod(i, 128 if bits == 4 else 64)
+            c = within % 32 // 8
+            if bits == 4:
+                word = 16 * step + 4 * c + within // 32
+                number = int(words[output, word]) >> (4 * (within % 8 // 2) + 16 * (within % 2)) & 15
+                number -= 8
+            else:
+                word = 16 * step + 4 * c + 2 * (within // 32) + within % 8 // 4
+                number = (int(words[output, word]) >> (8 * (within % 4)) & 255 ^ 128) - 128
+            assert number == (numbers[output, i] if i < n_in else 0)
+    scales = pack_scales(np.ones((3, 5)), n_in, 32)
+    assert scales.shape == (3, 8) and scales.sum() == 15
+
+
+def test_what_ptxas_says_is_read() -> None:
+    text = (
+        "ptxas info    : 0 bytes gmem\n"
+        "ptxas info    : Compiling entry function '_ZN6goslet4cuda1_GLOBAL_17wkv7_64I6__halffLi4EEEvPKT_' for 'sm_90'\n"
+        "ptxas info    : Function properties\n    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem\n"
+        "ptxas info    : Compiling entry function 'other' for 'sm_87'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nptxas info    : Used 9 registers\n"
+    )
+    assert cuda_resources.parse(text) == [
+        {"kernel": "wkv7_64<6__halffLi4E>", "target": "sm_90", "registers": 40, "spill_bytes": 12, "shared_bytes": 512},
+        {"kernel": "other", "target": "sm_87", "registers": 9, "spill_bytes": 0, "shared_bytes": 0},
+    ]
+    with pytest.raises(ValueError, match="nothing of lost"):
+        cuda_resources.parse("ptxas info : Compiling entry function 'lost' for 'sm_87'\n")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not there, which the targets are compiled with")
+def test_the_kernels_compile_for_every_target(repository: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libgoslet_cuda.so"
+    subprocess.run([repository / "tools/build_cuda", library], check=True, capture_output=True, timeout=300)
+    # No device is needed to ask it for its version, nor a driver: CUDA's runtime is linked in.
+    assert ctypes.CDLL(str(library)).goslet_cuda_version() == 1
+    refused = subprocess.run(
+        [repository / "tools/build_cuda", tmp_path / "x.so", "42"], capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 1 and "does not know sm_42" in refused.stderr and not (tmp_path / "x.so").exists()
