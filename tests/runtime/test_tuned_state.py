@@ -71,7 +71,7 @@ def test_a_session_from_a_tuned_state_equals_pypi_rwkv(version: str, tmp_path: P
 
 
 def test_a_tuned_state_of_version_7_is_taken_as_it_lies(tmp_path: Path) -> None:
-    """rwkv takes none for 7. Its trainer's kernels hold [head, value, key], as our state is, and RWKV-Runner turns nothing."""
+    """rwkv takes none for 7. Its trainer holds [head, value, key], as our state is, and RWKV-Runner turns nothing."""
     save(SEVEN, tmp_path / "x.pth")
     save(tuned(), tmp_path / "state.pth")
     export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
