@@ -1,9 +1,9 @@
 """Tuned initial states: what RWKV's trainers save as ``blocks.N.att.time_state`` when they tune nothing but the state.
 
 Such a file holds one matrix [head, value, key] for every layer, of whatever version. That is RWKV-7's own state; those
-of 5 and 6 are [head, key, value] in PyPI's ``rwkv`` and here, so there it is turned. (RWKV-PEFT also turns it in version
-7, but for a kernel whose interface is [key, value] in every version.) The same tensors may lie in an adapter, or beside
-the model's own in a checkpoint that they were merged into.
+of 5 and 6 are [head, key, value] in PyPI's ``rwkv`` and here, so there it is turned. (RWKV-PEFT also turns it in
+version 7, but for a kernel whose interface is [key, value] in every version.) The same tensors may lie in an adapter,
+or beside the model's own in a checkpoint that they were merged into.
 """
 
 from __future__ import annotations
