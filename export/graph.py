@@ -147,7 +147,7 @@ def trace_step(
     read = [rule for rule in rules if rule.name != EMBEDDING]
     traced_spec = replace(spec, n_layer=min(spec.n_layer, TRACED_LAYERS))
     traced = [rule for rule in read if named_layer(rule.name, otherwise=0) < traced_spec.n_layer]
-    proto = _trace_float(version, traced_spec, traced)
+    proto = _traced(version, traced_spec, traced)
     repeat_last_layer(proto.graph, TRACED_LAYERS - 1, spec.n_layer)
     _join_inputs(proto.graph, spec)
     _store(proto.graph, {rule.name: formats[rule.name] for rule in read})
@@ -156,6 +156,22 @@ def trace_step(
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
     return proto
+
+
+_TRACES: dict[object, bytes] = {}
+_TRACES_KEPT = 16
+
+
+def _traced(version: Version, spec: ModelSpec, rules: Sequence[TensorRule]) -> ModelProto:
+    """As `_trace_float`, which takes seconds; the last shapes' graphs are kept, some hundred kilobytes each."""
+    key = (version.NAMES, spec, tuple((rule.name, rule.shape) for rule in rules))
+    content = _TRACES.get(key)
+    if content is None:
+        content = _trace_float(version, spec, rules).SerializeToString(deterministic=True)
+        while len(_TRACES) >= _TRACES_KEPT:
+            _TRACES.pop(next(iter(_TRACES)), None)
+        _TRACES[key] = content
+    return ModelProto.FromString(content)
 
 
 def _trace_float(version: Version, spec: ModelSpec, rules: Iterable[TensorRule]) -> ModelProto:
