@@ -171,7 +171,8 @@ def _traced(version: Version, spec: ModelSpec, rules: Sequence[TensorRule]) -> M
         while len(_TRACES) >= _TRACES_KEPT:
             _TRACES.pop(next(iter(_TRACES)), None)
         _TRACES[key] = content
-    return ModelProto.FromString(content)
+    proto: ModelProto = ModelProto.FromString(content)
+    return proto
 
 
 def _trace_float(version: Version, spec: ModelSpec, rules: Iterable[TensorRule]) -> ModelProto:

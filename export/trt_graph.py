@@ -77,9 +77,10 @@ def lower(
             if node.domain == DOMAIN:
                 _mark(node)
         del model.functions[:]
+        lowered: ModelProto = model
     else:
-        model = inline_local_functions(model)
-    return model
+        lowered = inline_local_functions(model)
+    return lowered
 
 
 def _fold_constants(graph: GraphProto) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PADDED_TO = 128
+# GOSLET_CUDA_VERSION: of the kernels' interface and of this layout.
+PLUGIN_VERSION = 1
 
 
 def padded_inputs(n_in: int) -> int:

@@ -407,6 +407,11 @@ class EngineFile:
         """
         return unpack(self.packed(name))
 
+    @property
+    def weights_sha256(self) -> str:
+        """The checksum of the section ``weights``, as the header has it."""
+        return self._container.sections["weights"].sha256
+
     def prefer_huge_pages(self) -> None:
         """As `Container.prefer_huge_pages`, for a backend that reads weights where they are mapped."""
         self._container.prefer_huge_pages()

@@ -1,10 +1,15 @@
-"""What this process runs on: the cores at its disposal, and the CPU's name."""
+"""What this process runs on: the cores at its disposal, the CPU's name, and the GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
+from typing import NamedTuple
+
+# CUdevice_attribute of cuda.h.
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 def available_cores() -> int:
@@ -34,3 +39,34 @@ def cpu_model() -> str:
         return Path("/proc/device-tree/model").read_text(encoding="utf-8", errors="replace").strip("\0 ")
     except OSError:
         return platform.processor() or platform.machine()
+
+
+class Gpu(NamedTuple):
+    """A CUDA device.
+
+    Attributes:
+        name: as its driver calls it.
+        capability: its compute capability, such as ``"8.7"``.
+    """
+
+    name: str
+    capability: str
+
+
+def gpu() -> Gpu | None:
+    """The first CUDA device, asked of the driver; None where there is no driver or no device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    if (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    ):
+        return None
+    return Gpu(name.value.decode("utf-8", "replace"), f"{major.value}.{minor.value}")

@@ -30,6 +30,7 @@ LAYERS = (
         "state",
         "sampling",
         "tokenizer",
+        "planfile",
     ),
     ("backends",),
     ("session",),
@@ -44,7 +45,8 @@ LAZY_PACKAGES = {"onnxruntime", "tensorrt", "tokenizers"}
 
 # What the exporter may import of the runtime; only `verify` opens a session.
 EXPORT_MAY_IMPORT = {
-    "", "chat", "container", "enginefile", "errors", "initializers", "output", "spec", "tokenizer", "weights",
+    "", "chat", "container", "cuda_layout", "enginefile", "errors", "initializers", "machine", "output", "planfile",
+    "spec", "tokenizer", "weights",
 }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def need_export_packages() -> None:
         DependencyError: one of its packages cannot be imported.
     """
     try:
-        from .. import export  # noqa: F401
+        from ..export import exporter  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXPORT_PACKAGES:
             raise

@@ -1,0 +1,281 @@
+"""TensorRT plans from engines: lowered, built in a process of its own, and written beside the engine.
+
+For the GPU at hand (``local``) and for TensorRT for RTX (``rtx``, which builds on machines without a GPU for any GPU
+that it supports) the result is a plan. For a Jetson that is elsewhere (``orin``, ``thor``) it is the lowered ONNX model
+and the ``trtexec`` line that builds the plan there: TensorRT builds plans on their own device only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..cuda_layout import PLUGIN_VERSION
+from ..enginefile import EngineFile
+from ..errors import BackendError, DependencyError, InputError, OutputError
+from ..machine import gpu
+from ..output import check_output
+from ..planfile import PlanKey, write_plan
+from .trt_graph import PRECISIONS, WEIGHT_FORMS, lower, plugin_nodes
+
+TARGETS = ("local", "rtx", "orin", "thor")
+ELSEWHERE = {"orin": "a Jetson Orin", "thor": "a Jetson Thor"}
+MAX_BATCH = 256
+_PACKAGES = {"local": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_INSTALL = {
+    "local": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
+    "rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
+}
+# Larger tensors lie in a file of their own beside the graph: an ONNX file ends at 2 GiB.
+_EXTERNAL_BYTES = 1024
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What was made.
+
+    Attributes:
+        path: the plan, or for a Jetson elsewhere the ONNX model.
+        size_bytes: of the plan; of the model with its weights.
+        plugin_layers: layers that our plugins run.
+        tensorrt_version: what built it; empty for a model alone.
+        build_s: seconds that the builder took; 0 for a model alone.
+        warnings: what TensorRT warned of.
+        command: the line that builds the plan on its device; empty for a plan.
+    """
+
+    path: Path
+    size_bytes: int
+    plugin_layers: int
+    tensorrt_version: str
+    build_s: float
+    warnings: tuple[str, ...]
+    command: str
+
+
+def build_plan(
+    engine: str | os.PathLike[str],
+    *,
+    target: str,
+    output: str | os.PathLike[str] | None = None,
+    precision: str = "f16",
+    weights: str | None = None,
+    plugin: str | os.PathLike[str] | None = None,
+    plain: bool = False,
+    batch: int = 1,
+    optimization_level: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PlanReport:
+    """Build a plan, or write what builds one on its own device.
+
+    Args:
+        engine: the engine file.
+        target: ``local``, ``rtx``, ``orin`` or ``thor``.
+        output: the file to write; None is the engine's name with ``.TARGET.plan`` or ``.TARGET.onnx``.
+        precision: of the matrix products, f16 or bf16; the rest is float32.
+        weights: ``qdq`` or ``plugin``, how 4-bit and 8-bit weights are used; None is plugin, and qdq with `plain`.
+        plugin: the library libgoslet_trt.so; not needed with `plain` or for a Jetson elsewhere.
+        plain: use TensorRT's own layers alone.
+        batch: sessions that a step moves on together.
+        optimization_level: TensorRT's own, 0 to 5; None is its default.
+        overwrite: replace a file that exists.
+        progress: called with a phase's name, the work done and all of it.
+
+    Raises:
+        ContainerError: the engine is damaged.
+        InputError: an argument cannot be used, or no plugin library is given.
+        DependencyError: TensorRT's Python package is not installed.
+        BackendError: TensorRT refuses the graph or cannot build it; there is no GPU for ``local``.
+        OutputError: the output exists and `overwrite` is false, or cannot be written.
+    """
+    _check_arguments(target, precision, weights, batch, optimization_level, plain)
+    form = weights or ("qdq" if plain else "plugin")
+    elsewhere = target in ELSEWHERE
+    source = Path(engine)
+    path = source.with_suffix(f".{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
+    check_output(path, overwrite)
+    if not elsewhere:
+        module = _module(target)
+        if not plain and (plugin is None or not Path(plugin).is_file()):
+            raise InputError(
+                "is needed for the recurrences",
+                place="plugin",
+                expected="libgoslet_trt.so",
+                found=str(plugin),
+                remedy="build it (tools/build_cuda --plugin), or do without: --plain",
+            )
+    with EngineFile.open(source) as file:
+        model = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
+        n_plugin_nodes = len(plugin_nodes(model))
+        with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
+            graph_file = Path(folder) / "model.onnx"
+            _save(model, graph_file, path.name if elsewhere else graph_file.name)
+            del model
+            if elsewhere:
+                size_bytes = _publish(Path(folder), path)
+                command = _trtexec(path, plugin, plain)
+                return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
+            request = {
+                "module": module,
+                "onnx": str(graph_file),
+                "output": str(Path(folder) / "plan"),
+                "plugin": None if plain else str(Path(plugin).resolve()),  # type: ignore[arg-type]
+                "timing_cache": f"{path}.timing" if target == "local" else None,
+                "optimization_level": optimization_level,
+            }
+            result, warnings = _run_builder(request, progress or (lambda phase, done, total: None))
+            device = gpu() if target == "local" else None
+            key = PlanKey(
+                model_id=file.model_id,
+                weights_sha256=file.weights_sha256,
+                target=target,
+                runtime=module.removesuffix("_bindings"),
+                tensorrt_version=result["version"],
+                device="" if device is None else device.name,
+                capability="" if device is None else device.capability,
+                plugin_version=0 if plain else PLUGIN_VERSION,
+                precision=precision,
+                weights=form,
+                batch=batch,
+            )
+            write_plan(path, key, (Path(folder) / "plan").read_bytes(), overwrite=overwrite)
+    return PlanReport(
+        path, result["size_bytes"], result["plugin_layers"], result["version"], result["build_s"], warnings, ""
+    )
+
+
+def _check_arguments(
+    target: str, precision: str, weights: str | None, batch: int, level: int | None, plain: bool
+) -> None:
+    for place, value, known in (("target", target, TARGETS), ("precision", precision, tuple(PRECISIONS))):
+        if value not in known:
+            raise InputError("is not known", place=place, expected=", ".join(known), found=repr(value))
+    if weights is not None and weights not in WEIGHT_FORMS:
+        raise InputError("is not known", place="weights", expected=", ".join(WEIGHT_FORMS), found=repr(weights))
+    if plain and weights == "plugin":
+        raise InputError("needs the plugin library", place="weights plugin", remedy="leave out --plain or --weights")
+    if not 1 <= batch <= MAX_BATCH:
+        raise InputError("is out of range", place="batch", expected=f"1 to {MAX_BATCH}", found=batch)
+    if level is not None and not 0 <= level <= 5:
+        raise InputError("is out of range", place="optimization level", expected="0 to 5", found=level)
+
+
+def _module(target: str) -> str:
+    for name in _PACKAGES[target]:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    raise DependencyError(
+        f"{_PACKAGES[target][0]} is not installed, which builds plans for {target}", remedy=_INSTALL[target]
+    )
+
+
+def _save(model: onnx.ModelProto, path: Path, published_as: str) -> None:
+    """Write a model and, in a file that is named after it, its weights."""
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{published_as}.data",
+        size_threshold=_EXTERNAL_BYTES,
+    )
+
+
+def _publish(folder: Path, path: Path) -> int:
+    """Move a model and its weights to where they are wanted, the weights first; returns their size in bytes."""
+    data = path.with_name(f"{path.name}.data")
+    size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    try:
+        if (folder / data.name).exists():
+            # onnx makes it for its owner alone.
+            (folder / data.name).chmod((folder / "model.onnx").stat().st_mode)
+            os.replace(folder / data.name, data)
+        os.replace(folder / "model.onnx", path)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", file=path) from error
+    return size_bytes
+
+
+def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool) -> str:
+    words = ["trtexec", f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}", "--stronglyTyped"]
+    if not plain:
+        words.append(f"--staticPlugins={'libgoslet_trt.so' if plugin is None else os.fspath(plugin)}")
+    return shlex.join(words)
+
+
+def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The builder's result and warnings."""
+    warnings: list[str] = []
+    with contextlib.ExitStack() as stack:
+        environment = dict(os.environ)
+        libraries = importlib.util.find_spec("tensorrt_rtx_libs")
+        if request["module"].startswith("tensorrt_rtx") and libraries is not None:
+            links = stack.enter_context(tempfile.TemporaryDirectory())
+            folders = [links, *_link_libraries(Path(links), libraries)]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, environment.get("LD_LIBRARY_PATH", "")])
+        process = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("trt_builder.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        )
+        stack.callback(process.kill)
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(request))
+            process.stdin.close()
+        result = None
+        for line in process.stdout:
+            message = _message(line)
+            if "phase" in message:
+                progress(message["phase"], message["done"], message["total"])
+            elif "warning" in message:
+                warnings.append(message["warning"])
+            elif "error" in message:
+                raise BackendError(
+                    f"TensorRT: {message['error']}"[:1200], remedy="see the lowered graph: --target orin"
+                )
+            elif "result" in message:
+                result = message["result"]
+        if result is None:
+            said = process.stderr.read()[-500:].strip().replace("\n", "; ")
+            raise BackendError(
+                f"TensorRT's builder ended without a plan (exit status {process.wait()}): {said}",
+                remedy="it may have run out of memory; try fewer bits per weight",
+            )
+    return result, tuple(warnings)
+
+
+def _message(line: str) -> dict[str, Any]:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _link_libraries(links: Path, package: Any) -> Iterator[str]:
+    """Give TensorRT for RTX's libraries the names that they open each other by, without the version behind them."""
+    for folder in package.submodule_search_locations or ():
+        for library in Path(folder).glob("*.so.*"):
+            (links / f"{library.name.partition('.so')[0]}.so").symlink_to(library)
+        yield folder
