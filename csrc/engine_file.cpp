@@ -259,6 +259,9 @@ void EngineFile::read_header() {
         refuse("is not a model id", "model_id", "64 hex digits");
     }
     header.need("provenance", "header").object("provenance");
+    if (const Json& chat = header.need("chat", "header"); !chat.is_null()) {
+        chat.object("chat");
+    }
     check_graph_info(header.need("graph", "header"));
     const Json& tokenizer = header.need("tokenizer", "header");
     if (!tokenizer.is_null()) {

@@ -104,10 +104,18 @@ def merged(model: StoredModel, adapter: Adapter) -> StoredModel:
     """A model with the adapter in it; nothing is computed before a tensor is read.
 
     Raises:
+        CheckpointError: the file is a whole model, of which nothing of this one would be left.
         MissingTensorError: half of a LoRA is missing.
         ExtraTensorError: the adapter changes a tensor that the model does not have.
         TensorShapeError: a tensor does not fit the one that it changes, or the two of a LoRA have different ranks.
     """
+    if model.tensors.keys() <= adapter.tensors.keys():
+        raise CheckpointError(
+            "is a whole model, not an adapter of one",
+            file=adapter.path,
+            expected="some of the model's tensors, or changes of them",
+            remedy="export it by itself",
+        )
     tensors = dict(model.tensors)
     for name, tensor in adapter.tensors.items():
         stem, dot, kind = name.rpartition(".")

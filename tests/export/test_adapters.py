@@ -179,6 +179,7 @@ BAD: dict[str, tuple[Tensors, float | None, type[GosletError], str]] = {
     "NaN": ({**LORA, f"{KEY}.lora_A": normal(4, 48) * torch.nan}, ALPHA, TensorValueError, "finite"),
     "integers": ({f"{KEY}.bone": torch.ones(8, 192, dtype=torch.int8)}, None, TensorValueError, "int8"),
     "half of the states": ({"blocks.0.att.time_state": normal(3, 16, 16)}, None, MissingTensorError, "time_state"),
+    "a whole model": (MODELS["7"], None, CheckpointError, "whole model"),
     "nothing": ({}, None, CheckpointError, "no tensor"),
 }
 

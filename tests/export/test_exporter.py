@@ -296,6 +296,7 @@ def test_interrupt_that_torch_turns_into_its_own_error(
     one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Ctrl-C while torch imports or traces comes out as an error about torch; it is still a Ctrl-C."""
+    monkeypatch.setattr("goslet.export.graph._TRACES", {})
 
     def interrupted(*_: object, **__: object) -> None:
         try:
