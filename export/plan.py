@@ -27,13 +27,13 @@ from ..enginefile import EngineFile
 from ..errors import BackendError, DependencyError, InputError, OutputError
 from ..machine import gpu
 from ..output import check_output
-from ..planfile import PlanKey, write_plan
-from .trt_graph import PRECISIONS, WEIGHT_FORMS, lower, plugin_nodes
+from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanKey, write_plan
+from .trt_graph import PRECISIONS, WEIGHT_FORMS, in_place_states, lower, plugin_nodes
 
-TARGETS = ("local", "rtx", "orin", "thor")
-ELSEWHERE = {"orin": "a Jetson Orin", "thor": "a Jetson Thor"}
+ELSEWHERE = ("orin", "thor")
+TARGETS = (*RUNNABLE_TARGETS, *ELSEWHERE)
 MAX_BATCH = 256
-_PACKAGES = {"local": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_RUNTIMES = {"local": "tensorrt", "rtx": "tensorrt_rtx"}
 _INSTALL = {
     "local": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
     "rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
@@ -121,7 +121,7 @@ def build_plan(
             )
     with EngineFile.open(source) as file:
         model = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
-        n_plugin_nodes = len(plugin_nodes(model))
+        n_plugin_nodes, in_place = len(plugin_nodes(model)), in_place_states(model)
         with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
             graph_file = Path(folder) / "model.onnx"
             _save(model, graph_file, path.name if elsewhere else graph_file.name)
@@ -144,7 +144,7 @@ def build_plan(
                 model_id=file.model_id,
                 weights_sha256=file.weights_sha256,
                 target=target,
-                runtime=module.removesuffix("_bindings"),
+                runtime=_RUNTIMES[target],
                 tensorrt_version=result["version"],
                 device="" if device is None else device.name,
                 capability="" if device is None else device.capability,
@@ -153,7 +153,7 @@ def build_plan(
                 weights=form,
                 batch=batch,
             )
-            write_plan(path, key, (Path(folder) / "plan").read_bytes(), overwrite=overwrite)
+            write_plan(path, key, in_place, (Path(folder) / "plan").read_bytes(), overwrite=overwrite)
     return PlanReport(
         path, result["size_bytes"], result["plugin_layers"], result["version"], result["build_s"], warnings, ""
     )
@@ -176,11 +176,11 @@ def _check_arguments(
 
 
 def _module(target: str) -> str:
-    for name in _PACKAGES[target]:
+    for name in PACKAGES[_RUNTIMES[target]]:
         if importlib.util.find_spec(name) is not None:
             return name
     raise DependencyError(
-        f"{_PACKAGES[target][0]} is not installed, which builds plans for {target}", remedy=_INSTALL[target]
+        f"{_RUNTIMES[target]} is not installed, which builds plans for {target}", remedy=_INSTALL[target]
     )
 
 
@@ -228,18 +228,20 @@ def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str,
             links = stack.enter_context(tempfile.TemporaryDirectory())
             folders = [links, *_link_libraries(Path(links), libraries)]
             environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, environment.get("LD_LIBRARY_PATH", "")])
+        # A file, since a pipe that nobody reads before the end may fill up.
+        errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         process = stack.enter_context(
             subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("trt_builder.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=errors,
                 text=True,
                 env=environment,
             )
         )
         stack.callback(process.kill)
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request))
             process.stdin.close()
@@ -257,9 +259,11 @@ def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str,
             elif "result" in message:
                 result = message["result"]
         if result is None:
-            said = process.stderr.read()[-500:].strip().replace("\n", "; ")
+            status = process.wait()
+            errors.seek(0)
+            said = errors.read()[-500:].strip().replace("\n", "; ")
             raise BackendError(
-                f"TensorRT's builder ended without a plan (exit status {process.wait()}): {said}",
+                f"TensorRT's builder ended without a plan (exit status {status}): {said}",
                 remedy="it may have run out of memory; try fewer bits per weight",
             )
     return result, tuple(warnings)

@@ -102,6 +102,14 @@ def _fold_constants(graph: GraphProto) -> None:
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), node.output[0]))
     del graph.node[:]
     graph.node.extend(nodes)
+    _drop_unused_initializers(graph)
+
+
+def _drop_unused_initializers(graph: GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input}
+    kept = [initializer for initializer in graph.initializer if initializer.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _alone(node: NodeProto, inputs: dict[str, NDArray[Any]]) -> ModelProto:
@@ -116,6 +124,17 @@ def _alone(node: NodeProto, inputs: dict[str, NDArray[Any]]) -> ModelProto:
 def plugin_nodes(model: ModelProto) -> list[str]:
     """The names of the nodes that need the plugin library, in the graph's order."""
     return [node.name for node in model.graph.node if node.domain == DOMAIN or node.op_type == PRODUCT]
+
+
+def in_place_states(model: ModelProto) -> list[str]:
+    """The state tensors that a plugin reads and writes, which it can do where they lie, in the graph's order."""
+    found = []
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            read = {name.removeprefix("state_in.") for name in node.input if name.startswith("state_in.")}
+            written = {name.removeprefix("state_out.") for name in node.output if name.startswith("state_out.")}
+            found += sorted(read & written)
+    return found
 
 
 def _mark(node: NodeProto) -> None:
@@ -157,10 +176,7 @@ def _lower_products(graph: GraphProto, engine: EngineFile, precision: int, form:
         nodes.append(helper.make_node("Cast", [f"{out}.low"], [out], to=TensorProto.FLOAT, name=f"cast.{out}"))
     del graph.node[:]
     graph.node.extend(node for node in nodes if node.output[0] not in dropped)
-    used = {name for node in graph.node for name in node.input}
-    kept = [initializer for initializer in graph.initializer if initializer.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    _drop_unused_initializers(graph)
 
 
 def _weight_of(node: NodeProto, makers: dict[str, NodeProto], initializers: dict[str, TensorProto]) -> str | None:

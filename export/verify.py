@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..backends import Rounding
 from ..backends.ort import OrtBackend
 from ..enginefile import EngineFile
 from ..session import Engine, Session, open_engine
@@ -114,30 +115,44 @@ class VerifyReport:
 
 
 class _RoundedActivationOps(EagerOps):
-    """Rounds the input of every quantized product as a backend says for the weight's name: (bits, group).
+    """Rounds what every product takes, and gives where it is in low precision, as a backend says for the weight's name.
 
     Draw 0 rounds to the nearest; any other shifts the grid by its own random part of a step at every number.
     """
 
-    def __init__(self, weights: dict[str, Tensor], rounding: dict[str, tuple[int, int] | None], draw: int) -> None:
+    def __init__(self, weights: dict[str, Tensor], rounding: dict[str, Rounding | None], draw: int) -> None:
         super().__init__(weights)
         self._rounding = rounding
         self._dither = torch.Generator().manual_seed(draw) if draw else None
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         rounding = self._rounding[name]
-        return super().linear(name, x if rounding is None else _round_activations(x, *rounding, self._dither))
+        if rounding is None:
+            return super().linear(name, x)
+        if rounding.group is None:
+            y = super().linear(name, _round_floats(x, rounding.bits, self._dither))
+            return _round_floats(y, rounding.bits, self._dither)
+        return super().linear(name, _round_integers(x, rounding.bits, rounding.group, self._dither))
 
 
-def _round_activations(x: Tensor, bits: int, group: int, dither: torch.Generator | None) -> Tensor:
+def _round_integers(x: Tensor, bits: int, group: int, dither: torch.Generator | None) -> Tensor:
     largest = (1 << (bits - 1)) - 1
     width = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -width % group)).reshape(*x.shape[:-1], -1, group)
     scale = padded.abs().amax(-1, keepdim=True) / largest
-    steps = padded / torch.where(scale == 0, 1.0, scale)
+    return _round_to(padded, scale, dither).flatten(-2)[..., :width]
+
+
+def _round_floats(x: Tensor, bits: int, dither: torch.Generator | None) -> Tensor:
+    _, exponent = torch.frexp(x)
+    return _round_to(x, torch.ldexp(torch.ones_like(x), exponent - bits), dither)
+
+
+def _round_to(x: Tensor, step: Tensor, dither: torch.Generator | None) -> Tensor:
+    """The nearest multiples of `step`, or with a dither those of a grid that is shifted by a random part of a step."""
+    steps = x / torch.where(step == 0, 1.0, step)
     shift = torch.zeros(()) if dither is None else torch.rand(steps.shape, generator=dither) - 0.5
-    rounded = (torch.round(steps + shift) - shift) * scale
-    return rounded.flatten(-2)[..., :width]
+    return (torch.round(steps + shift) - shift) * step
 
 
 def verify_engine(
@@ -145,7 +160,7 @@ def verify_engine(
     checkpoint: str | os.PathLike[str],
     *,
     backend: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     n_tokens: int = N_TOKENS,
     adapter: str | os.PathLike[str] | None = None,

@@ -1,14 +1,17 @@
 """TensorRT plans, beside the engine that they were built from: ``NAME.TARGET.plan``.
 
-A container (`goslet.container`) with the magic ``GOSLPLAN``. Its header says what the plan is of and what it runs on;
-its one section, ``plan``, is what TensorRT's builder wrote. A plan holds the weights; the embedding, the tokenizer and
-the state's description stay in the engine.
+A container (`goslet.container`) with the magic ``GOSLPLAN``. Its header says what the plan is of and what it runs on
+(``key``), and which state tensors a step updates where they lie (``in_place``); its one section, ``plan``, is what
+TensorRT's builder wrote. A plan holds the weights; the embedding, the tokenizer and the state's description stay in
+the engine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .container import Section, errors_in, read_container, write_container
@@ -17,6 +20,10 @@ from .errors import BackendUnavailableError, HeaderError
 PLAN_MAGIC = b"GOSLPLAN"
 PLAN_VERSION = 1
 PLAN_KIND = "TensorRT plan"
+# Where a plan of an engine is looked for, the best first: made for this very GPU, or for any of a family.
+RUNNABLE_TARGETS = ("local", "rtx")
+PRECISIONS = ("f16", "bf16")
+PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class PlanKey:
         """Read a key from a file's header.
 
         Raises:
-            HeaderError: a field is missing or of the wrong type.
+            HeaderError: a field is missing or of the wrong type, or the precision is unknown.
         """
         read: dict[str, Any] = {}
         for field in fields(cls):
@@ -69,11 +76,31 @@ class PlanKey:
                     remedy="build the plan again",
                 )
             read[field.name] = found
+        if read["precision"] not in PRECISIONS:
+            raise HeaderError(
+                "is not known",
+                place="key.precision",
+                expected=", ".join(PRECISIONS),
+                found=repr(read["precision"])[:40],
+                remedy="it may be of a newer goslet; build the plan again",
+            )
         return cls(**read)
 
 
-def write_plan(path: Path, key: PlanKey, plan: bytes, *, overwrite: bool) -> None:
+def plan_path(engine: Path, target: str) -> Path:
+    """Where a plan for `target` lies that was made of an engine."""
+    return engine.with_suffix(f".{target}.plan")
+
+
+def write_plan(path: Path, key: PlanKey, in_place: Sequence[str], plan: bytes, *, overwrite: bool) -> None:
     """Write a plan file; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        key: what the plan is of.
+        in_place: names of state tensors whose input and output must have one address; all others' must not.
+        plan: what the builder wrote.
+        overwrite: replace a file that exists.
 
     Raises:
         OutputError: it cannot be written.
@@ -82,48 +109,72 @@ def write_plan(path: Path, key: PlanKey, plan: bytes, *, overwrite: bool) -> Non
         path,
         magic=PLAN_MAGIC,
         version=PLAN_VERSION,
-        header={"key": asdict(key)},
+        header={"key": asdict(key), "in_place": list(in_place)},
         sections=[Section.of("plan", plan)],
         overwrite=overwrite,
     )
 
 
-def read_plan(path: Path, expected: PlanKey) -> bytes:
-    """A plan's bytes, found undamaged and to fit.
+class PlanFile:
+    """An opened plan file; use it in a ``with`` statement.
 
-    Args:
+    Attributes:
         path: the file.
-        expected: what it must be of; an empty device in the file fits any.
+        key: what the plan is of.
+        in_place: see `write_plan`.
 
     Raises:
         ContainerError: the file is damaged or no plan.
-        BackendUnavailableError: it does not fit: of another model, device, TensorRT or plugin.
     """
-    container = read_container(path, magic=PLAN_MAGIC, version=PLAN_VERSION, kind=PLAN_KIND)
-    with container, errors_in(path):
-        key = PlanKey.from_json(container.header.get("key"))
-        for name, words in _WORDS.items():
-            wanted, found = getattr(expected, name), getattr(key, name)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._container = read_container(path, magic=PLAN_MAGIC, version=PLAN_VERSION, kind=PLAN_KIND)
+        try:
+            with errors_in(path):
+                self.key = PlanKey.from_json(self._container.header.get("key"))
+                names = self._container.header.get("in_place")
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise HeaderError("is not a list of names", place="in_place", remedy="build the plan again")
+                self.in_place: frozenset[str] = frozenset(names)
+                self.plan: memoryview = self._container.section("plan")
+        except BaseException:
+            self._container.close()
+            raise
+
+    def __enter__(self) -> PlanFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.plan.release()
+        self._container.close()
+
+    def check(self, **expected: object) -> None:
+        """Hold fields of the key to what there is here; an empty device or capability in the file fits any.
+
+        Raises:
+            BackendUnavailableError: the plan is of another model, device, TensorRT or plugin library.
+        """
+        for name, wanted in expected.items():
+            found = getattr(self.key, name)
             if wanted != found and not (name in ("device", "capability") and found == ""):
                 raise BackendUnavailableError(
-                    f"the plan is of another {words}",
-                    file=path,
+                    f"the plan is of another {_WORDS[name]}",
+                    file=self.path,
                     expected=str(wanted)[:80],
                     found=str(found)[:80],
-                    remedy="build it here: goslet plan ENGINE --target local --force",
+                    remedy=f"build it here: goslet plan ENGINE --target {self.key.target[:20]} --force",
                 )
-        return bytes(container.section("plan"))
 
 
 _WORDS = {
     "model_id": "model",
     "weights_sha256": "engine of this model",
-    "runtime": "runtime",
     "tensorrt_version": "version of TensorRT",
     "capability": "kind of GPU",
     "device": "GPU",
     "plugin_version": "version of the plugins",
-    "precision": "precision",
-    "weights": "form of weights",
     "batch": "batch",
 }

@@ -507,7 +507,7 @@ def open_engine(
     path: str | os.PathLike[str],
     *,
     backend: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     check: bool = False,
 ) -> Engine:
@@ -516,13 +516,14 @@ def open_engine(
     Args:
         path: a ``.goslet`` file.
         backend: ``native``, ``ort`` or ``trt``; None takes native.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; None takes the backend's own, which is cuda for trt and cpu for the others.
         threads: compute threads; None leaves it to the backend.
         check: verify the weights' checksum too, which reads the whole file.
 
     Raises:
         ContainerError: the file is damaged, of a newer format, or not an engine.
         BackendUnavailableError, BackendError: the backend does not exist here or refuses the engine.
+        DependencyError: the backend needs a package that is not installed.
         TokenizerError: the engine's tokenizer cannot be read, or has more ids than the model.
         InputError: an argument cannot be used.
     """

@@ -7,6 +7,7 @@ little-endian float32, without gaps.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
@@ -29,11 +30,47 @@ _COUNT_SHAPE = (2,)  # float32, as long as one int64
 Tensors: TypeAlias = "Mapping[str, NDArray[np.float32]]"
 
 
+class Elsewhere(abc.ABC):
+    """Other memory, such as a GPU's, in which a backend moves a state on; `State` asks for it back when it is read.
+
+    Attributes:
+        steps: grows whenever the state there may have moved on since it was last the same as the front buffer.
+        steps_fetched: what `steps` was then. Where the two are equal, the front buffer is the state.
+    """
+
+    steps = 0
+    steps_fetched = 0
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the state is there, and the front buffer holds an older one."""
+        return self.steps != self.steps_fetched
+
+    @abc.abstractmethod
+    def tokens_seen(self) -> int:
+        """The token count of the state that is there; for a state that is ahead."""
+
+    @abc.abstractmethod
+    def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:
+        """Write the state that is there.
+
+        Args:
+            tensors: where to, as `State.front`.
+            count: where its token count goes, int64 [1].
+
+        Raises:
+            BackendError: it cannot be read; what was written means nothing.
+        """
+
+
 class State:
     """Everything that a session remembers.
 
     All memory is allocated here, once; no address changes during the state's life. A backend that cannot update a
     state in place reads `front`, writes `back` and calls `advance`, which exchanges the two and moves nothing.
+
+    Where a backend moves the state on in other memory, `front` and whatever reads the state bring it here first, and
+    the next step takes it back. A view that was taken before that step stays what it was.
 
     Every buffer carries its own token count behind its tensors, and one index says which buffer is the front. So each
     change of a state is one assignment or one call of native code, and an exception that falls anywhere (Ctrl-C)
@@ -59,8 +96,9 @@ class State:
         self._views = [_views(spec, buffer) for buffer in self._buffers]
         self._counts = [_count_view(spec, buffer) for buffer in self._buffers]
         self._front = 0
+        self._elsewhere: Elsewhere | None = None
         if fresh is not None:
-            self.front_buffer.copy_from(fresh)
+            self._buffers[0].copy_from(fresh)
 
     @property
     def double_buffered(self) -> bool:
@@ -70,6 +108,8 @@ class State:
     @property
     def tokens_seen(self) -> int:
         """Tokens fed since the fresh state; the count stops at 2^63 - 1."""
+        if self._elsewhere is not None and self._elsewhere.ahead:
+            return self._elsewhere.tokens_seen()
         return int(self._counts[self._front][0])
 
     @property
@@ -80,6 +120,7 @@ class State:
     @property
     def front(self) -> Tensors:
         """The present state: writable float32 views by tensor name, each in its spec's shape and 64-byte aligned."""
+        self._bring_here()
         return self._views[self._front]
 
     @property
@@ -94,7 +135,30 @@ class State:
     @property
     def front_buffer(self) -> StateBuffer:
         """The buffer behind `front`, for native code: the spec's tensors, and one more that holds the token count."""
+        self._bring_here()
         return self._buffers[self._front]
+
+    def live_in(self, elsewhere: Elsewhere) -> None:
+        """Let a backend move the state on in memory of its own; done once, before the first step."""
+        self._elsewhere = elsewhere
+
+    def _bring_here(self) -> None:
+        elsewhere = self._elsewhere
+        if elsewhere is not None and elsewhere.ahead:
+            # Read before the copy: a step that another thread makes meanwhile then still counts as one to fetch.
+            steps = elsewhere.steps
+            staged = _allocate(self.spec)
+            elsewhere.fetch(_views(self.spec, staged), _count_view(self.spec, staged))
+            self._buffers[self._front].copy_from(staged)
+            elsewhere.steps_fetched = steps
+
+    def _take_over(self, buffer: StateBuffer) -> None:
+        """Let the front buffer, a copy of `buffer`, be the state, whatever is elsewhere."""
+        elsewhere = self._elsewhere
+        steps = 0 if elsewhere is None else elsewhere.steps
+        self._buffers[self._front].copy_from(buffer)
+        if elsewhere is not None:
+            elsewhere.steps_fetched = steps
 
     def _back_index(self) -> int:
         if not self.double_buffered:
@@ -116,15 +180,15 @@ class State:
 
         Raises:
             StateMismatchError: the state has no such tensor, or of another shape; it is then unchanged.
-            StateError: a number is not finite; the state is then unchanged.
+            StateError: a number is not finite, or memory is short; the state is then unchanged.
         """
         fresh = self._fresh if initial is None else fresh_buffer(self.spec, initial, self._fresh)
+        if fresh is None:
+            fresh = _allocate(self.spec)
         # The back buffer forgets too, and first: an interruption between the two leaves the state as it was.
-        for buffer in sorted(self._buffers, key=lambda buffer: buffer is self.front_buffer):
-            if fresh is None:
-                buffer.reset()
-            else:
-                buffer.copy_from(fresh)
+        if self.double_buffered:
+            self._buffers[self._back_index()].copy_from(fresh)
+        self._take_over(fresh)
 
     def clone(self) -> State:
         """An independent state with the same values, buffering and token count."""
@@ -140,7 +204,7 @@ class State:
         """
         self._check_model(other.model_id, None)
         self._check_layout(other.spec, None)
-        self.front_buffer.copy_from(other.front_buffer)
+        self._take_over(other.front_buffer)
 
     def save(self, path: Path) -> None:
         """Write a state file; an existing file is replaced once the new one is whole.
@@ -185,7 +249,7 @@ class State:
             _fill(_views(self.spec, staged), container.section("state"), self.spec.size_bytes)
         _check_finite(_views(self.spec, staged).items(), path)
         _count_view(self.spec, staged)[0] = tokens_seen
-        self.front_buffer.copy_from(staged)
+        self._take_over(staged)
 
     def _check_model(self, model_id: str, file: Path | None) -> None:
         if model_id != self.model_id:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -20,10 +21,24 @@ if TYPE_CHECKING:
     from ..enginefile import EngineFile
     from ..weights import WeightFormat
 
-PLANNED = {"trt": "the TensorRT backend"}
 DEFAULT = "native"
-NAMES = ("native", "ort", "trt")
+# The devices that each runs on, the one that it takes by itself first.
+BACKENDS = {"native": ("cpu",), "ort": ("cpu", "cuda"), "trt": ("cuda",)}
 DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a backend rounds the activations that a product takes.
+
+    Attributes:
+        bits: of integers, the sign among them; without a group, significant bits of floating numbers, and the product
+            is rounded like them.
+        group: how many integers share a scale.
+    """
+
+    bits: int
+    group: int | None = None
 
 
 class Stepper(abc.ABC):
@@ -60,12 +75,8 @@ class Backend(abc.ABC):
     in_place: ClassVar[bool]
 
     @abc.abstractmethod
-    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
-        """How activations are rounded where they meet a weight of this format.
-
-        Returns:
-            The integers' bits and how many of them share a scale; None where activations stay floating numbers.
-        """
+    def activation_rounding(self, weight: WeightFormat) -> Rounding | None:
+        """How activations are rounded where they meet a weight of this format; None where they stay float32."""
 
     @property
     def isa(self) -> str | None:
@@ -79,7 +90,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def stepper(self, state: State) -> Stepper:
-        """A stepper bound to the addresses of `state`'s buffers, which it keeps alive."""
+        """A stepper bound to the addresses of `state`'s buffers, or to memory of its own; good while `state` lives."""
 
     @abc.abstractmethod
     def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
@@ -97,36 +108,45 @@ class Backend(abc.ABC):
         """
 
 
-def open_backend(name: str | None, file: EngineFile, device: str = "cpu", threads: int | None = None) -> Backend:
+def open_backend(name: str | None, file: EngineFile, device: str | None = None, threads: int | None = None) -> Backend:
     """Make the backend for an engine file.
 
     Args:
         name: ``native``, ``ort`` or ``trt``; None takes native.
         file: the opened engine.
-        device: ``cpu`` or ``cuda``.
-        threads: compute threads; None leaves it to the backend.
+        device: ``cpu`` or ``cuda``; None takes the backend's own, which is cuda for trt and cpu for the others.
+        threads: compute threads on the CPU; None leaves it to the backend.
 
     Raises:
         InputError: no backend or device has such a name, or `threads` is not a positive number.
-        BackendUnavailableError: the backend or device does not exist here, or not yet.
+        BackendUnavailableError: the backend does not run on the device, or one of them does not exist here.
+        DependencyError: the backend needs a package that is not installed.
         BackendError: the backend refuses the engine.
     """
-    if name is not None and name not in NAMES:
-        raise InputError("no such backend", place="backend", expected=", ".join(NAMES), found=repr(name))
-    if device not in DEVICES:
+    if name is not None and name not in BACKENDS:
+        raise InputError("no such backend", place="backend", expected=", ".join(BACKENDS), found=repr(name))
+    if device is not None and device not in DEVICES:
         raise InputError("no such device", place="device", expected=", ".join(DEVICES), found=repr(device))
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InputError("is not a number of threads", place="threads", expected="1 to 1024", found=repr(threads))
     chosen = DEFAULT if name is None else name
-    if chosen in PLANNED:
+    place = BACKENDS[chosen][0] if device is None else device
+    if place not in BACKENDS[chosen]:
+        others = [other for other, places in BACKENDS.items() if place in places]
         raise BackendUnavailableError(
-            f"{PLANNED[chosen]} does not exist yet", place=f"backend {chosen}", remedy="use backend native or ort"
+            f"the {chosen} backend does not run on it",
+            place=f"device {place}",
+            remedy=f"use backend {' or '.join(others)}",
         )
-    if device == "cuda":
-        raise BackendUnavailableError(
-            f"the {chosen} backend does not run on CUDA yet", place="device cuda", remedy="use device cpu"
-        )
-    # Imported when chosen: ONNX Runtime is an optional package, and the other backend does without it.
+    # Imported when chosen: what some of them need are optional packages, and the others do without.
+    if chosen == "trt":
+        from .trt import TrtBackend
+
+        return TrtBackend(file)
+    if chosen == "ort" and place == "cuda":
+        from .ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend(file, threads)
     if chosen == "ort":
         from .ort import OrtBackend
 

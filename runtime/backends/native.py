@@ -13,7 +13,7 @@ from .._native import EngineError, NativeEngine, StateBuffer, available_isas
 from ..errors import BackendError, InputError, first_line
 from ..machine import available_cores
 from ..state import State
-from . import Backend, Stepper
+from . import Backend, Rounding, Stepper
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -107,11 +107,11 @@ class NativeBackend(Backend):
         seen, active = self._engine.density
         return active / seen if seen else None
 
-    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
+    def activation_rounding(self, weight: WeightFormat) -> Rounding | None:
         """See `Backend`; how it is done stands at Activations of ``csrc/kernels/matrix.h``."""
         if weight.group is None:
             return None
-        return (8, 32) if weight.name == "int4" else (16, weight.group)
+        return Rounding(8, 32) if weight.name == "int4" else Rounding(16, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper that moves `state`'s one buffer on."""

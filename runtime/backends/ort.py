@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from ..initializers import expected_initializers, graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
 from ..weights import EncodedWeight, WeightFormat, decode_rows
-from . import Backend, Stepper
+from . import Backend, Rounding, Stepper
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -55,6 +55,7 @@ class OrtBackend(Backend):
 
     name = "ort"
     in_place = False
+    provider: ClassVar[tuple[str, dict[str, str]]] = ("CPUExecutionProvider", {})
 
     def __init__(self, file: EngineFile, threads: int | None = None, *, exact: bool = False) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -65,6 +66,7 @@ class OrtBackend(Backend):
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
+        self._check_provider(onnxruntime)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
         options.inter_op_num_threads = 1
@@ -76,7 +78,7 @@ class OrtBackend(Backend):
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
         graph = check_step_graph(file.graph_bytes, expected_initializers(file), file.graph_info["opset"], file.path)
         try:
-            self._session = _create_session(file, graph, options)
+            self._session = _create_session(file, graph, options, self.provider)
         except OSError as error:
             raise BackendError(
                 f"weights for ONNX Runtime cannot be written: {error.strerror}",
@@ -97,9 +99,12 @@ class OrtBackend(Backend):
         self._n_input = sum(file.spec.input_sizes)
         self._exact = exact
 
-    def activation_rounding(self, weight: WeightFormat) -> tuple[int, int] | None:
+    def _check_provider(self, onnxruntime: Any) -> None:
+        """Raise BackendUnavailableError where this ONNX Runtime lacks the provider."""
+
+    def activation_rounding(self, weight: WeightFormat) -> Rounding | None:
         """See `Backend`."""
-        return None if weight.group is None or self._exact else (8, weight.group)
+        return None if weight.group is None or self._exact else Rounding(8, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper with one binding for each direction between `state`'s two buffers."""
@@ -115,10 +120,10 @@ class OrtBackend(Backend):
             stepper.advance()
 
 
-def _create_session(file: EngineFile, graph: bytes, options: Any) -> Any:
+def _create_session(file: EngineFile, graph: bytes, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     import onnxruntime
 
-    settings = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": DISABLED_OPTIMIZERS}
+    settings = {"providers": [provider], "disabled_optimizers": DISABLED_OPTIMIZERS}
     initializers = graph_initializers(file)
     if hasattr(options, "add_external_initializers_from_files_in_memory"):
         # ONNX Runtime copies what it needs while the session is created; the buffers must live until then.

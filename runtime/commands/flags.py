@@ -74,7 +74,7 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=("native", "ort", "trt"), help="what runs the steps (default: what is here)"
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where they run (default: %(default)s)"
+        "--device", choices=("cpu", "cuda"), help="where they run (default: cuda with trt, cpu with the others)"
     )
     parser.add_argument(
         "--threads", type=whole_number(1), metavar="N", help="CPU threads (default: the physical cores)"

@@ -21,23 +21,29 @@ from goslet import state
 from goslet.backends import native, ort
 from goslet.errors import BackendError, EmptyPromptError, InputError, StateError, TokenError
 
+from .fake_gpu import opened
 from .interruptions import interrupted_at
 
 pytest.importorskip("torch", reason="exporting the test's engines needs torch")
 pytest.importorskip("onnxruntime", reason="the ort backend needs onnxruntime")
 
 BACKENDS = ("ort", "native")
+# These, and those of a GPU on models of a driver and of TensorRT.
+KINDS = (*BACKENDS, "ort-cuda", "trt")
 # A thread that has not ended by then waits for ever.
 DEADLOCK_S = 30
 
 
 @pytest.fixture(
-    scope="module", params=[(backend, quant) for backend in BACKENDS for quant in ("f32", "int4")], ids="-".join
+    scope="module", params=[(backend, quant) for backend in KINDS for quant in ("f32", "int4")], ids="-".join
 )
-def engine(request: pytest.FixtureRequest, tiny_engines: dict[str, Path]) -> Iterator[goslet.Engine]:
-    backend, quant = request.param
-    with goslet.open(tiny_engines[quant], backend=backend, threads=2 if backend == "native" else 1) as opened:
-        yield opened
+def engine(
+    request: pytest.FixtureRequest, tiny_engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[goslet.Engine]:
+    kind, quant = request.param
+    threads = 2 if kind == "native" else 1
+    with opened(kind, tiny_engines[quant], tmp_path_factory.mktemp("engine"), threads) as engine:
+        yield engine
 
 
 def assert_same_state(one: goslet.Session, other: goslet.Session) -> None:

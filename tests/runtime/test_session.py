@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import goslet
 from goslet import state
-from goslet.backends import native, ort
+from goslet.backends import native, ort, ort_cuda, trt
 from goslet.errors import (
     BackendError,
     BackendUnavailableError,
@@ -38,6 +38,7 @@ from goslet.errors import (
     TokenizerError,
 )
 
+from .fake_gpu import opened
 from .interruptions import interrupted_at
 from .rewriting import rewritten
 
@@ -45,18 +46,22 @@ pytest.importorskip("torch", reason="exporting the test's engines needs torch")
 pytest.importorskip("onnxruntime", reason="the ort backend needs onnxruntime")
 
 BACKENDS = ("ort", "native")
+# These, and those of a GPU on models of a driver and of TensorRT.
+KINDS = (*BACKENDS, "ort-cuda", "trt")
 # However the prompt is cut, ort makes one call of the same kernels for each token, and a row of native's products is
 # summed in the same order whatever rows are beside it: the results are equal.
 LIMIT = 0.0
 
 
 @pytest.fixture(
-    scope="module", params=[(backend, quant) for backend in BACKENDS for quant in ("f32", "int4")], ids="-".join
+    scope="module", params=[(backend, quant) for backend in KINDS for quant in ("f32", "int4")], ids="-".join
 )
-def engine(request: pytest.FixtureRequest, tiny_engines: dict[str, Path]) -> Iterator[goslet.Engine]:
-    backend, quant = request.param
-    with goslet.open(tiny_engines[quant], backend=backend, threads=1) as opened:
-        yield opened
+def engine(
+    request: pytest.FixtureRequest, tiny_engines: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[goslet.Engine]:
+    kind, quant = request.param
+    with opened(kind, tiny_engines[quant], tmp_path_factory.mktemp("engine")) as engine:
+        yield engine
 
 
 def states(session: goslet.Session) -> dict[str, np.ndarray]:
@@ -251,14 +256,18 @@ def test_one_session_in_many_threads_is_fed_one_call_at_a_time(engine: goslet.En
     assert_same_state(session, alone)
 
 
-@pytest.mark.parametrize("module", [ort, native])
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("ort", ort), ("native", native), ("ort-cuda", ort_cuda), ("trt", trt)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_ctrl_c_anywhere_in_a_feed_leaves_the_state_of_what_was_counted(
-    module: ModuleType, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, module: ModuleType, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the frames below Session's, whose lock is taken and given back by native code, where no signal is heard."""
     monkeypatch.setattr(native, "PIECE_TOKENS", 1)
     tokens = [4, 250, 17]
-    with goslet.open(tiny_engine, backend=module.__name__.split(".")[-1], threads=1) as engine:
+    with opened(kind, tiny_engine, tmp_path) as engine:
         begun = engine.session()
         begun.feed([1, 2])
         expected = [begun.fork() for _ in range(len(tokens) + 1)]
@@ -550,13 +559,14 @@ def test_a_bad_tokenizer_names_the_engine_file(tokenizer: tuple, tiny_engine: Pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"backend": "trt"}, "does not exist yet"),
-        ({"device": "cuda"}, "native backend does not run on CUDA yet"),
-        ({"backend": "native", "device": "cuda"}, "native backend does not run on CUDA yet"),
-        ({"backend": "ort", "device": "cuda"}, "ort backend does not run on CUDA yet"),
+        ({"backend": "trt"}, "no TensorRT plan.*goslet plan f32.goslet --target local"),
+        ({"backend": "trt", "device": "cpu"}, "trt backend does not run on it.*native or ort"),
+        ({"device": "cuda"}, "native backend does not run on it.*ort or trt"),
+        ({"backend": "native", "device": "cuda"}, "native backend does not run on it"),
+        ({"backend": "ort", "device": "cuda"}, "no CUDA provider.*onnxruntime-gpu"),
     ],
 )
-def test_backend_or_device_that_is_not_there_yet(arguments: dict, words: str, tiny_engine: Path) -> None:
+def test_backend_or_device_that_is_not_there(arguments: dict, words: str, tiny_engine: Path) -> None:
     with pytest.raises(BackendUnavailableError, match=words):
         goslet.open(tiny_engine, **arguments)
 

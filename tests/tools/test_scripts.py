@@ -42,7 +42,8 @@ def pins(name: str) -> dict[str, str]:
         if line.startswith("-r "):
             found |= pins(line[3:])
         elif line:
-            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)(?: ; platform_machine == \"[a-z0-9_]+\")?", line)
+            line = line.removesuffix(' ; platform_machine == "x86_64"')
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line)
             assert match, f"{name}: {line!r} is not a pin"
             key = re.sub(r"[-_.]+", "-", match[1]).lower()
             assert key not in found, f"{name}: {key} is pinned twice"

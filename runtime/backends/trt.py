@@ -1,0 +1,413 @@
+"""The TensorRT backend: runs the plan that lies beside an engine, on a CUDA device.
+
+A session has one pool of device memory: its state's tensors, each aligned to 256 bytes as TensorRT wants, and behind
+them its token count. A step is one CUDA graph, captured once for each session: the token's embedding row goes up, the
+plan runs, new tensors that could not be written in place are copied to the pool, the new count joins them, and logits
+and count come down to pinned memory. A graph is launched whole or not at all, so the pool always holds a whole state
+and says how many tokens it has seen, wherever Python is interrupted.
+
+States that one of our plugins updates have one address for input and output; the plan file names them
+(`goslet.planfile`). All other outputs have memory of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BackendError, BackendUnavailableError, DependencyError, first_line
+from ..machine import gpu
+from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanFile, plan_path
+from ..spec import EMBEDDING, StateSpec
+from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
+from ..trt_plugin import find_plugin, plugin_version
+from ..weights import EncodedWeight, WeightFormat, decode_rows
+from . import Backend, Rounding, Stepper
+from .cuda_driver import CudaError, DeviceMemory, Driver, Graph, PinnedMemory, Stream
+
+if TYPE_CHECKING:
+    from ..enginefile import EngineFile
+
+_ALIGNMENT = 256
+_FLOAT_BYTES = 4
+_COUNT_BYTES = 8
+_ROUNDING = {"f16": Rounding(11), "bf16": Rounding(8)}
+_REBUILD = "build the plan again: goslet plan ENGINE --target local --force"
+
+
+class TrtBackend(Backend):
+    """TensorRT on the plan of an engine.
+
+    Args:
+        file: the opened engine; its plan is ``NAME.local.plan`` beside it, or else ``NAME.rtx.plan``.
+
+    Raises:
+        BackendUnavailableError: there is no plan, no CUDA device or no plugin library, or the plan fits none of them.
+        DependencyError: TensorRT is not installed.
+        ContainerError: the plan file is damaged.
+        BackendError: TensorRT refuses the plan, or it is not a step of this engine.
+    """
+
+    name = "trt"
+    in_place = True
+
+    def __init__(self, file: EngineFile) -> None:
+        path = _find_plan(Path(file.path))
+        with PlanFile(path) as plan:
+            key = plan.key
+            plan.check(model_id=file.model_id, weights_sha256=file.weights_sha256, batch=1)
+            trt = _import(key.runtime, path)
+            plan.check(tensorrt_version=trt.__version__)
+            self._driver = Driver()
+            device = gpu()
+            if device is not None:
+                plan.check(capability=device.capability, device=device.name)
+            self._logger = _logger(trt)
+            self._runtime = trt.Runtime(self._logger)
+            if key.plugin_version:
+                library = find_plugin(Path(file.path))
+                plan.check(plugin_version=plugin_version(library))
+                if self._runtime.get_plugin_registry().load_library(str(library)) is None:
+                    raise BackendUnavailableError(
+                        "is no plugin library for this TensorRT",
+                        file=library,
+                        found=self._logger.last or None,
+                        remedy="build it here: tools/build_cuda --plugin",
+                    )
+            self._engine = self._runtime.deserialize_cuda_engine(plan.plan)
+            if self._engine is None:
+                raise BackendError(
+                    "TensorRT does not take the plan", file=path, found=self._logger.last or None, remedy=_REBUILD
+                )
+            _check_signature(trt, self._engine, file, path)
+            strangers = plan.in_place - {tensor.name for tensor in file.state_spec.tensors}
+            if strangers:
+                raise BackendError(
+                    "the plan updates a state that the engine does not have",
+                    file=path, place=min(strangers)[:100], remedy=_REBUILD,
+                )  # fmt: skip
+            self._in_place = plan.in_place
+        self._rounding = _ROUNDING[key.precision]
+        self._spec = file.spec
+        self._state_spec = file.state_spec
+        self._embedding = file.weight(EMBEDDING)
+
+    def activation_rounding(self, weight: WeightFormat) -> Rounding:
+        """See `Backend`; products are of the plan's precision, whatever their weights are."""
+        return self._rounding
+
+    def stepper(self, state: State) -> Stepper:
+        """A stepper with a pool, a context and a captured graph of its own.
+
+        Raises:
+            BackendError: the device's memory is short, or the step cannot be captured.
+        """
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise BackendError(
+                "TensorRT cannot make a context for a session",
+                found=self._logger.last or None,
+                remedy="free some of the device's memory, or use fewer sessions",
+            )
+        try:
+            self._driver.activate()
+            return _TrtStepper(
+                self._driver, context, self._embedding, sum(self._spec.input_sizes), state, self._in_place
+            )
+        except CudaError as error:
+            raise BackendError(
+                f"a session cannot be set up on the CUDA device: {error}",
+                remedy="free some of the device's memory, or use fewer sessions",
+            ) from error
+
+    def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """As `Backend.step_batch`, one step after another; a failure takes back those before it."""
+        own = cast("Sequence[_TrtStepper]", steppers)
+        if len(own) > 1:
+            for stepper in own:
+                stepper.come_here()
+        for row, stepper in enumerate(own):
+            try:
+                stepper.feed(tokens[row : row + 1], logits[row : row + 1])
+            except BackendError:
+                for other in own[:row]:
+                    other.go_back()
+                raise
+
+
+class _Pool:
+    """Where a state's tensors lie in a block of memory; the count [1] lies behind them, as int64."""
+
+    def __init__(self, spec: StateSpec) -> None:
+        self.sizes = {tensor.name: int(np.prod(tensor.shape)) * _FLOAT_BYTES for tensor in spec.tensors}
+        self.offsets = {}
+        end = 0
+        for name, size_bytes in self.sizes.items():
+            self.offsets[name] = end
+            end += _aligned(size_bytes)
+        self.count_offset = end
+        self.size_bytes = end + _ALIGNMENT
+
+
+class _TrtStepper(Stepper, Elsewhere):
+    def __init__(
+        self,
+        driver: Driver,
+        context: Any,
+        embedding: EncodedWeight,
+        n_input: int,
+        state: State,
+        in_place: frozenset[str],
+    ) -> None:
+        self._driver = driver
+        self._context = context
+        self._embedding = embedding
+        # The state holds this, and a circle would keep the device's memory until the next garbage collection.
+        self._state = weakref.proxy(state)
+        self._layout = layout = _Pool(state.spec)
+        n_vocab = embedding.shape[0]
+        self._stream = Stream(driver)
+        self._pool = DeviceMemory(driver, layout.size_bytes)
+        apart = {name: size for name, size in layout.sizes.items() if name not in in_place}
+        self._spare = DeviceMemory(driver, sum(map(_aligned, apart.values())) or _ALIGNMENT)
+        self._x = DeviceMemory(driver, n_input * _FLOAT_BYTES)
+        self._logits = DeviceMemory(driver, n_vocab * _FLOAT_BYTES)
+        # On the host, in this order: a copy of the pool, x, logits, and the counts after the next step and the last.
+        sizes = [layout.size_bytes, n_input * _FLOAT_BYTES, n_vocab * _FLOAT_BYTES, _COUNT_BYTES, _COUNT_BYTES]
+        offsets = np.cumsum([0, *map(_aligned, sizes)]).tolist()
+        self._pinned = PinnedMemory(driver, offsets[-1])
+        parts = [self._pinned.bytes[begin : begin + size] for begin, size in zip(offsets, sizes, strict=False)]
+        self._host_pool, self._host_x = parts[0], parts[1].view(np.float32)
+        self._host_logits = parts[2].view(np.float32)
+        self._next_count, self._seen_count = parts[3].view(np.int64), parts[4].view(np.int64)
+        self._host_views = {
+            tensor.name: self._host_pool[layout.offsets[tensor.name] :][: layout.sizes[tensor.name]]
+            .view(np.float32)
+            .reshape(tensor.shape)
+            for tensor in state.spec.tensors
+        }
+        self._host_count = self._host_pool[layout.count_offset :][:_COUNT_BYTES].view(np.int64)
+        self._fetching = threading.RLock()  # a signal handler may fetch within a fetch: both give the same state
+        self._copies: list[tuple[int, int, int]] = []  # from the spare memory to the pool: target, source, bytes
+        self._bind(apart)
+        self._graph = self._capture()
+        state.live_in(self)
+
+    def _bind(self, apart: dict[str, int]) -> None:
+        """Give every input and output of the plan its address, for good."""
+        addresses = {"x": self._x.address, "logits": self._logits.address}
+        spare = self._spare.address
+        for name, offset in self._layout.offsets.items():
+            place = self._pool.address + offset
+            addresses[f"state_in.{name}"] = place
+            if name in apart:
+                self._copies.append((place, spare, apart[name]))
+                addresses[f"state_out.{name}"] = spare
+                spare += _aligned(apart[name])
+            else:
+                addresses[f"state_out.{name}"] = place
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise BackendError(f"TensorRT does not take an address for {name}", remedy=_REBUILD)
+
+    def _capture(self) -> Graph:
+        """The step as a graph. TensorRT sets itself up in a first run; it and the pool it leaves are not the session's,
+        whose state is on the host until the first token."""
+        self._stream.to_device(self._pool.address, self._pinned.address, self._layout.size_bytes)
+        self._queue_step()
+        self._stream.synchronize()
+        return self._stream.capture(self._queue_step)
+
+    def _queue_step(self) -> None:
+        stream, base = self._stream, self._pinned.address
+        stream.to_device(self._x.address, base + self._offset(self._host_x), self._host_x.nbytes)
+        if not self._context.execute_async_v3(stream.handle):
+            raise BackendError("TensorRT refuses to run the plan", remedy=_REBUILD)
+        for target, source, size_bytes in self._copies:
+            stream.on_device(target, source, size_bytes)
+        count = self._pool.address + self._layout.count_offset
+        stream.to_device(count, base + self._offset(self._next_count), _COUNT_BYTES)
+        stream.to_host(base + self._offset(self._host_logits), self._logits.address, self._host_logits.nbytes)
+        stream.to_host(base + self._offset(self._seen_count), count, _COUNT_BYTES)
+
+    def _offset(self, part: NDArray[Any]) -> int:
+        return int(part.ctypes.data) - self._pinned.address
+
+    def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        every = len(logits) == len(tokens)
+        for index in range(len(tokens)):
+            try:
+                self._driver.activate()
+                if not self.ahead:
+                    self._upload()
+                self._step(tokens[index : index + 1])
+            except CudaError as error:
+                raise self._failed(error, f"token {index} of this feed") from error
+            if every:
+                logits[index] = self._host_logits
+        if not every:
+            logits[0] = self._host_logits
+
+    def _step(self, token: NDArray[np.int64]) -> None:
+        # A step that was interrupted may still read what is written here.
+        self._stream.synchronize()
+        self._host_x[:] = decode_rows(self._embedding, token).reshape(-1)
+        self._next_count[0] = min(int(self._seen_count[0]) + 1, MAX_TOKENS_SEEN)
+        # Before the launch for an interruption after it, and again after it for a thread that has fetched in between.
+        self.steps += 1
+        self._graph.launch()
+        self.steps += 1
+        self._stream.synchronize()
+
+    def _upload(self) -> None:
+        """Let the pool hold the state that the host holds, which stays the session's until the next step."""
+        self._stream.synchronize()
+        for name, view in self._state.front.items():
+            self._host_views[name][...] = view
+        self._host_count[0] = self._seen_count[0] = self._state.tokens_seen
+        self._stream.to_device(self._pool.address, self._pinned.address, self._layout.size_bytes)
+
+    def tokens_seen(self) -> int:
+        try:
+            self._driver.activate()
+            self._stream.synchronize()
+        except CudaError as error:
+            self._lost(error)
+            return self._state.tokens_seen
+        return int(self._seen_count[0])
+
+    def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:
+        with self._fetching:
+            try:
+                self._driver.activate()
+                self._stream.to_host(self._pinned.address, self._pool.address, self._layout.size_bytes)
+                self._stream.synchronize()
+            except CudaError as error:
+                raise self._lost(error) from error
+            for name, view in tensors.items():
+                view[...] = self._host_views[name]
+            count[0] = self._host_count[0]
+
+    def come_here(self) -> None:
+        """Let the host hold the state, so that `go_back` can."""
+        _ = self._state.front
+
+    def go_back(self) -> None:
+        """Let the state be what `come_here` brought."""
+        self.steps_fetched = self.steps
+
+    def _failed(self, error: CudaError, place: str) -> BackendError:
+        try:
+            self._stream.synchronize()
+        except CudaError:
+            return self._lost(error, place)
+        return BackendError(
+            f"the CUDA device refuses a step: {error}",
+            place=place,
+            remedy="the session's state is as it was before this token",
+        )
+
+    def _lost(self, error: CudaError, place: str | None = None) -> BackendError:
+        """The device is gone, and with it what only the device knew: the host's older state is the session's again."""
+        self.steps_fetched = self.steps
+        return BackendError(
+            f"the CUDA device failed: {error}",
+            place=place,
+            remedy=f"the session is back at token {self._state.tokens_seen}, where its state was last read; save it, "
+            "and go on in a new process",
+        )
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _find_plan(engine: Path) -> Path:
+    paths = [plan_path(engine, target) for target in RUNNABLE_TARGETS]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise BackendUnavailableError(
+        "there is no TensorRT plan for this engine",
+        file=engine,
+        expected=" or ".join(path.name for path in paths),
+        remedy=f"build one on this device: goslet plan {engine.name} --target local",
+    )
+
+
+def _import(runtime: str, plan: Path) -> Any:
+    for name in PACKAGES.get(runtime, ()):
+        if importlib.util.find_spec(name) is not None:
+            try:
+                return importlib.import_module(name)
+            except (ImportError, OSError) as error:
+                raise DependencyError(
+                    f"{runtime} is installed and cannot be loaded: {first_line(error)}", file=plan
+                ) from error
+    raise DependencyError(
+        f"the plan needs the Python package {runtime[:40]}, which is not installed",
+        file=plan,
+        remedy="pip install tensorrt, or on a Jetson: apt install python3-libnvinfer; or use backend native",
+    )
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the last error instead of printing it."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("INTERNAL_ERROR", "ERROR"):
+                self.last = " ".join(message.split())[:300]
+
+    return Logger()
+
+
+def _check_signature(trt: Any, engine: Any, file: EngineFile, path: Path) -> None:
+    """Hold the plan's inputs and outputs to the engine's header, by which memory is laid out."""
+    spec = file.spec
+    states = {tensor.name: tuple(tensor.shape) for tensor in file.state_spec.tensors}
+    shapes = {
+        ("INPUT", "x"): (1, sum(spec.input_sizes)),
+        ("OUTPUT", "logits"): (1, spec.vocab_size),
+        **{("INPUT", f"state_in.{name}"): (1, *shape) for name, shape in states.items()},
+        **{("OUTPUT", f"state_out.{name}"): (1, *shape) for name, shape in states.items()},
+    }
+    expected = {name: f"{mode} {shape} of {trt.float32}" for (mode, name), shape in shapes.items()}
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {
+        name: f"{engine.get_tensor_mode(name).name} {tuple(engine.get_tensor_shape(name))} "
+        f"of {engine.get_tensor_dtype(name)}"
+        for name in names
+    }
+    for name in [*expected, *names]:
+        if expected.get(name) != found.get(name):
+            raise BackendError(
+                "the plan's inputs and outputs are not those of the engine",
+                file=path,
+                place=name[:100],
+                expected=expected.get(name, "nothing"),
+                found=found.get(name, "nothing"),
+                remedy=_REBUILD,
+            )
+    shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
+    if shape != (spec.vocab_size, sum(spec.input_sizes)):
+        raise BackendError(
+            "the embedding is not the one that the header states",
+            file=file.path,
+            place=EMBEDDING,
+            expected=[spec.vocab_size, sum(spec.input_sizes)],
+            found=shape,
+            remedy="export the engine again",
+        )

@@ -1,0 +1,45 @@
+"""The library of TensorRT plugins, libgoslet_trt.so: where it is looked for, and which version it is of."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from .errors import BackendUnavailableError
+
+LIBRARY = "libgoslet_trt.so"
+VARIABLE = "GOSLET_TRT_PLUGIN"
+
+
+def find_plugin(engine: Path) -> Path:
+    """The library that the environment variable GOSLET_TRT_PLUGIN names, or else the one beside an engine file.
+
+    Raises:
+        BackendUnavailableError: there is none.
+    """
+    named = os.environ.get(VARIABLE)
+    path = Path(named) if named else engine.parent / LIBRARY
+    if not path.is_file():
+        raise BackendUnavailableError(
+            f"{LIBRARY} is needed for the recurrences and is not there",
+            place=f"environment variable {VARIABLE}" if named else None,
+            expected=f"{LIBRARY} beside the engine, or {VARIABLE} to name it",
+            found=f"no file {path}",
+            remedy=f"build it (tools/build_cuda --plugin {LIBRARY}), or build a plan that needs none: --plain",
+        )
+    return path.resolve()
+
+
+def plugin_version(path: Path) -> int:
+    """The version that a library states, as `goslet.cuda_layout.PLUGIN_VERSION`.
+
+    Raises:
+        BackendUnavailableError: the file is no such library.
+    """
+    try:
+        return int(ctypes.CDLL(str(path)).goslet_cuda_version())
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailableError(
+            f"cannot be loaded: {error}"[:300], file=path, remedy="build it here: tools/build_cuda --plugin"
+        ) from error

@@ -1,0 +1,411 @@
+"""The TensorRT backend on models of a CUDA driver and of TensorRT (`fake_gpu`). On a device it was not run.
+
+What every backend must do is in test_session.py and test_batch.py, which run on it too.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import goslet
+from goslet import planfile
+from goslet.backends import cuda_driver, trt
+from goslet.enginefile import EngineFile
+from goslet.errors import BackendError, BackendUnavailableError, ContainerError, DependencyError, GosletError
+
+from . import fake_gpu
+from .fake_gpu import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, plan_key, write_fake_plan
+
+pytest.importorskip("torch", reason="exporting the test's engines needs torch")
+pytest.importorskip("onnx", reason="lowering a graph needs onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the model of TensorRT computes with onnxruntime")
+
+TOKENS = [3, 200, 17, 17, 0]
+
+
+@pytest.fixture
+def path(tiny_engines: dict[str, Path], tmp_path: Path) -> Path:
+    """An int4 engine in a folder of its own."""
+    return Path(shutil.copy(tiny_engines["int4"], tmp_path / "tiny.goslet"))
+
+
+@pytest.fixture
+def machine() -> Iterator[tuple[FakeCuda, FakeTensorRT]]:
+    with fake_gpu.fake_gpu() as made:
+        yield made
+
+
+@pytest.fixture
+def engine(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> Iterator[goslet.Engine]:
+    _, machine[1].in_place = write_fake_plan(path)
+    with goslet.open(path, backend="trt") as opened:
+        yield opened
+
+
+def states(session: goslet.Session) -> dict[str, np.ndarray]:
+    return {name: view.copy() for name, view in session.state.front.items()}
+
+
+def test_a_session_computes_what_the_plan_does(engine: goslet.Engine, path: Path) -> None:
+    """Token by token from the very first: the run in which TensorRT sets itself up leaves nothing behind."""
+    with planfile.PlanFile(planfile.plan_path(path, "local")) as plan:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        direct = onnxruntime.InferenceSession(bytes(plan.plan), options, providers=["CPUExecutionProvider"])
+    session = engine.session()
+    state = {
+        f"state_in.{tensor.name}": np.zeros((1, *tensor.shape), np.float32) for tensor in engine.state_spec.tensors
+    }
+    embedding = goslet.weights.decode(engine.file.weight("emb.weight"))
+    names = [value.name for value in direct.get_outputs()]
+    for token in TOKENS:
+        results = dict(zip(names, direct.run(names, {"x": embedding[token][None], **state}), strict=True))
+        np.testing.assert_array_equal(session.feed([token]), results["logits"][0])
+        state = {name.replace("_out.", "_in."): value for name, value in results.items() if name != "logits"}
+    for name, view in session.state.front.items():
+        np.testing.assert_array_equal(view, state[f"state_in.{name}"][0])
+
+
+def test_a_token_is_one_graph_and_nothing_else(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    cuda, _ = machine
+    session = engine.session()
+    session.feed(TOKENS)
+    del cuda.calls[:]
+    session.feed([1, 2])
+    assert session.tokens_seen == len(TOKENS) + 2
+    token = ["cuCtxSetCurrent", "cuStreamSynchronize", "cuGraphLaunch", "cuStreamSynchronize"]
+    assert cuda.calls == [*token, *token, "cuCtxSetCurrent", "cuStreamSynchronize"]
+    del cuda.calls[:]
+    _ = session.state.front, session.state.front
+    assert cuda.calls.count("cuMemcpyDtoHAsync_v2") == 1, "the state comes down once, whoever reads it again"
+
+
+def test_what_is_written_into_the_state_is_what_the_next_step_reads(engine: goslet.Engine) -> None:
+    session, other = engine.session(), engine.session()
+    session.feed(TOKENS)
+    other.feed([9])
+    for name, view in session.state.front.items():
+        other.state.front[name][...] = view
+    np.testing.assert_array_equal(session.feed([5]), other.feed([5]))
+
+
+def test_a_view_taken_before_a_step_stays_what_it_was(engine: goslet.Engine) -> None:
+    session = engine.session()
+    session.feed([1])
+    view = session.state.front["0.wkv"]
+    before = view.copy()
+    session.feed([2])
+    np.testing.assert_array_equal(view, before)
+    assert not np.array_equal(session.state.front["0.wkv"], before)
+
+
+def test_sessions_run_on_threads_that_never_saw_the_device(engine: goslet.Engine) -> None:
+    session = engine.session()
+    expected = engine.session().feed(TOKENS)
+    found = []
+    thread = threading.Thread(target=lambda: found.append((session.feed(TOKENS), session.tokens_seen)))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0][0], expected)
+    assert found[0][1] == len(TOKENS)
+
+
+def test_the_state_may_be_read_while_another_thread_feeds(engine: goslet.Engine) -> None:
+    session = engine.session()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            _ = session.state.front, session.tokens_seen
+
+    reader = threading.Thread(target=read)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader.start()
+    try:
+        for _ in range(20):
+            session.feed(TOKENS)
+    finally:
+        done.set()
+        reader.join()
+        sys.setswitchinterval(interval_s)
+    alone = engine.session()
+    alone.feed(TOKENS * 20)
+    assert session.tokens_seen == alone.tokens_seen
+    for name, view in alone.state.front.items():
+        np.testing.assert_array_equal(session.state.front[name], view)
+
+
+def test_memory_goes_with_its_session(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    cuda, _ = machine
+    gc.disable()
+    try:
+        sessions = [engine.session() for _ in range(3)]
+        for session in sessions:
+            session.feed([1])
+        assert len(cuda.memory) == 15
+        del session
+        sessions.pop()
+        assert len(cuda.memory) == 10
+        state = sessions.pop().state  # it may be read for as long as someone holds it
+        assert np.isfinite(state.front["0.wkv"]).all() and state.tokens_seen == 1
+        del state
+        sessions.pop()
+        assert not cuda.memory and not cuda.streams and not cuda.graphs
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("quant", ["f16", "int8", "int4"])
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7"])
+def test_verify_explains_a_plans_precision(
+    version: str, quant: str, tmp_path: Path, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save
+
+    from goslet.export import export_engine
+    from goslet.export.verify import verify_engine
+
+    shape: dict[str, Any] = {"n_layer": 2, "n_embd": 64, "vocab_size": 256, "seed": 5}
+    tensors = {
+        "4": lambda: random_rwkv4(**shape),
+        "5.2": lambda: random_rwkv5("5.2", **shape, head_size=16),
+        "6": lambda: random_rwkv6(**shape, head_size=16, rank_mix=8, rank_decay=8),
+        "7": lambda: random_rwkv7(**shape, head_size=16, rank_w=8, rank_a=8, rank_v=8, rank_g=8),
+    }[version]()
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant=quant)
+    _, machine[1].in_place = write_fake_plan(tmp_path / "x.goslet")
+    report = verify_engine(tmp_path / "x.goslet", tmp_path / "x.pth", backend="trt", n_tokens=24)
+    assert report.backend == "trt" and report.passed, report.checks
+    # The limits mean something: products in f16 are far from those of float32.
+    assert max(check.limit for check in report.checks if check.name.startswith("trt")) < 0.1
+
+
+# --------------------------------------------------------------------------------------------------------- what is lost
+
+
+def test_a_step_that_the_driver_refuses_leaves_the_state(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    cuda, _ = machine
+    session, other = engine.session(), engine.session()
+    other.feed(TOKENS[:2])
+    cuda.fail["cuGraphLaunch"] = (2, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match=r"token 2 of this feed.*OUT_OF_MEMORY.*as it was before this token"):
+        session.feed(TOKENS)
+    assert session.tokens_seen == 2
+    for name, view in other.state.front.items():
+        np.testing.assert_array_equal(session.state.front[name], view)
+    np.testing.assert_array_equal(session.feed(TOKENS[2:]), other.feed(TOKENS[2:]))
+
+
+def test_a_device_that_dies_leaves_the_state_that_was_last_read(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT], tmp_path: Path
+) -> None:
+    cuda, _ = machine
+    session = engine.session()
+    session.feed(TOKENS[:3])
+    expected = states(session)
+    cuda.fail["cuGraphLaunch"] = (1, ILLEGAL_ADDRESS)
+    with pytest.raises(BackendError, match=r"ILLEGAL_ADDRESS.*back at token 3.*new process"):
+        session.feed(TOKENS)
+    assert session.tokens_seen == 3
+    for name, view in session.state.front.items():
+        np.testing.assert_array_equal(view, expected[name])
+    session.save(tmp_path / "kept.state")
+    with pytest.raises(BackendError, match=r"ILLEGAL_ADDRESS"):
+        session.feed([1])
+    assert session.tokens_seen == 3
+
+
+@pytest.mark.parametrize("read", [lambda session: session.state.front, lambda session: session.fork()])
+def test_a_device_that_dies_before_its_state_is_read(
+    read: Callable[[goslet.Session], object], engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    session = engine.session()
+    session.feed(TOKENS)
+    machine[0].dead = ILLEGAL_ADDRESS
+    with pytest.raises(BackendError, match="back at token 0"):
+        read(session)
+    assert session.tokens_seen == 0
+    assert all(np.array_equal(view, np.zeros_like(view)) for view in session.state.front.values())
+
+
+def test_a_batch_that_fails_moves_nobody(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    sessions = [engine.session() for _ in range(3)]
+    for index, session in enumerate(sessions):
+        session.feed(TOKENS[: index + 1])
+    before = [states(session) for session in sessions]
+    machine[0].fail["cuGraphLaunch"] = (2, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        engine.step_batch(sessions, [1, 2, 3])
+    for index, (session, expected) in enumerate(zip(sessions, before, strict=True)):
+        assert session.tokens_seen == index + 1
+        for name, view in session.state.front.items():
+            np.testing.assert_array_equal(view, expected[name])
+    alone = engine.session()
+    alone.feed(TOKENS[:1])
+    np.testing.assert_array_equal(engine.step_batch(sessions, [1, 2, 3])[0], alone.feed([1]))
+
+
+@pytest.mark.parametrize(
+    "function", ["cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamBeginCapture_v2", "cuStreamEndCapture"]
+)
+def test_a_session_that_does_not_fit_is_one_error(
+    function: str, engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    cuda, _ = machine
+    before = len(cuda.memory)
+    cuda.fail[function] = (0, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match=r"OUT_OF_MEMORY.*fewer sessions"):
+        engine.session()
+    gc.collect()
+    assert len(cuda.memory) == before
+    assert engine.session().feed([1]).shape == (256,)
+
+
+def test_a_plan_that_does_not_run(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    machine[1].refuses_to_run = True
+    with pytest.raises(BackendError, match=r"refuses to run.*goslet plan ENGINE"):
+        engine.session()
+    machine[1].refuses_to_run, machine[1].refuses_contexts = False, True
+    with pytest.raises(BackendError, match=r"context.*fewer sessions"):
+        engine.session()
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+OTHERS: dict[str, tuple[dict[str, Any], type[GosletError], str]] = {
+    "another model": ({"model_id": "0" * 64}, BackendUnavailableError, "another model"),
+    "another quantization": ({"weights_sha256": "0" * 64}, BackendUnavailableError, "another engine of this model"),
+    "another TensorRT": ({"tensorrt_version": "10.16.1"}, BackendUnavailableError, "expected 10.3.0, found 10.16.1"),
+    "another GPU": ({"device": "Thor"}, BackendUnavailableError, "another GPU.*found Thor"),
+    "another kind of GPU": ({"capability": "11.0"}, BackendUnavailableError, "another kind of GPU"),
+    "a batch": ({"batch": 4}, BackendUnavailableError, "another batch.*expected 1, found 4"),
+    "another runtime": ({"runtime": "tensorrt_none"}, DependencyError, "tensorrt_none, which is not installed"),
+    "a precision that nobody knows": ({"precision": "f8"}, ContainerError, "precision"),
+    "plugins that are not there": (
+        {"plugin_version": 1},
+        BackendUnavailableError,
+        "libgoslet_trt.so.*tools/build_cuda",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_plan_of_something_else(
+    name: str, path: Path, machine: tuple[FakeCuda, FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOSLET_TRT_PLUGIN", raising=False)
+    changed, error, words = OTHERS[name]
+    write_fake_plan(path, **changed)
+    with pytest.raises(error, match=words) as caught:
+        goslet.open(path, backend="trt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_for_any_gpu_runs_on_this_one(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    local, machine[1].in_place = write_fake_plan(path, device="", capability="")
+    local.rename(planfile.plan_path(path, "rtx"))
+    with goslet.open(path, backend="trt", device="cuda") as engine:
+        assert engine.backend_name == "trt"
+        assert engine.session().feed(TOKENS).shape == (256,)
+
+
+def test_plans_that_are_damaged(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    plan, _ = write_fake_plan(path)
+    whole, model = plan.read_bytes(), _model(path)
+    for damaged in (whole[:-1], whole[:100] + b"?" + whole[101:], b"", b"GOSLPLAN", whole[:-50] + bytes(50)):
+        plan.write_bytes(damaged)
+        with pytest.raises(ContainerError, match=r"tiny\.local\.plan"):
+            goslet.open(path, backend="trt")
+    with EngineFile.open(path) as file:
+        planfile.write_plan(plan, plan_key(file), [], b"garbled", overwrite=True)
+        with pytest.raises(BackendError, match=r"magicTag does not match.*goslet plan ENGINE"):
+            goslet.open(path, backend="trt")
+        planfile.write_plan(plan, plan_key(file), ["9.wkv"], model, overwrite=True)
+        with pytest.raises(BackendError, match=r"9\.wkv"):
+            goslet.open(path, backend="trt")
+
+
+def test_a_plan_with_other_inputs(path: Path, tiny_engines: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever its key says, what it takes and gives is held to the engine."""
+    from goslet.export.trt_graph import lower
+
+    with fake_gpu.fake_gpu(), EngineFile.open(path) as file:
+        model = lower(file, batch=2, plugins=False).SerializeToString()
+        planfile.write_plan(planfile.plan_path(path, "local"), plan_key(file), [], model, overwrite=True)
+        with pytest.raises(BackendError, match=r"x: .*not those of the engine.*\(1, 64\).*\(2, 64\)"):
+            goslet.open(path, backend="trt")
+
+
+def _model(path: Path) -> bytes:
+    with planfile.PlanFile(planfile.plan_path(path, "local")) as plan:
+        return bytes(plan.plan)
+
+
+def test_a_plugin_library_is_found_checked_and_loaded(
+    path: Path, machine: tuple[FakeCuda, FakeTensorRT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tensorrt = machine
+    _, tensorrt.in_place = write_fake_plan(path, plugin_version=1)
+    library = tmp_path / "libgoslet_trt.so"
+    library.write_text("no library")
+    with pytest.raises(BackendUnavailableError, match=r"libgoslet_trt\.so: cannot be loaded"):
+        goslet.open(path, backend="trt")
+    monkeypatch.setattr(trt, "plugin_version", lambda found: 2 if found == library else 1)
+    with pytest.raises(BackendUnavailableError, match=r"version of the plugins.*expected 2, found 1"):
+        goslet.open(path, backend="trt")
+    named = tmp_path / "elsewhere.so"
+    monkeypatch.setenv("GOSLET_TRT_PLUGIN", str(named))
+    with pytest.raises(BackendUnavailableError, match=r"GOSLET_TRT_PLUGIN: .*no file .*elsewhere\.so"):
+        goslet.open(path, backend="trt")
+    named.write_text("another")
+    with goslet.open(path, backend="trt") as engine:
+        assert engine.session().feed(TOKENS).shape == (256,)
+    tensorrt.loads_plugins = False
+    with pytest.raises(BackendUnavailableError, match=r"elsewhere\.so: is no plugin library.*no plugins in it"):
+        goslet.open(path, backend="trt")
+
+
+def test_machines_that_lack_something(
+    path: Path, machine: tuple[FakeCuda, FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, _ = machine
+    with pytest.raises(BackendUnavailableError, match=r"no TensorRT plan.*goslet plan tiny.goslet --target local"):
+        goslet.open(path, backend="trt")
+    write_fake_plan(path)
+    cuda.fail["cuInit"] = (0, 3)
+    with pytest.raises(BackendUnavailableError, match="CUDA_ERROR_NOT_INITIALIZED"):
+        goslet.open(path, backend="trt")
+    monkeypatch.delattr(type(cuda), "_cuDevicePrimaryCtxRetain")
+    with pytest.raises(BackendUnavailableError, match="driver is too old: it has no cuDevicePrimaryCtxRetain"):
+        goslet.open(path, backend="trt")
+
+    def no_library() -> object:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cuda_driver, "open_library", no_library)
+    with pytest.raises(BackendUnavailableError, match=r"no CUDA driver.*backend native"):
+        goslet.open(path, backend="trt")
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    with pytest.raises(DependencyError, match="python3-libnvinfer"):
+        goslet.open(path, backend="trt")
+
+
+def test_a_machine_without_any_of_it(path: Path) -> None:
+    """As this one really is: TensorRT or the driver is missing, and that is said in one line."""
+    write_fake_plan(path)
+    with pytest.raises((DependencyError, BackendUnavailableError)) as caught:
+        goslet.open(path, backend="trt")
+    assert "\n" not in str(caught.value)
