@@ -15,7 +15,9 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("tools/demo", "tools/test", "tools/check_sanitizers", "tools/check_aarch64", ".ci/run")
+SCRIPTS = (
+    "tools/demo", "tools/test", "tools/check_sanitizers", "tools/check_aarch64", "tools/check_trt_headers", ".ci/run",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "tools/environment.sh"])
@@ -42,7 +44,9 @@ def pins(name: str) -> dict[str, str]:
         if line.startswith("-r "):
             found |= pins(line[3:])
         elif line:
-            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)(?: ; platform_machine == \"[a-z0-9_]+\")?", line)
+            match = re.fullmatch(
+                r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)(?: ; platform_machine == \"[a-z0-9_]+\")?", line
+            )
             assert match, f"{name}: {line!r} is not a pin"
             key = re.sub(r"[-_.]+", "-", match[1]).lower()
             assert key not in found, f"{name}: {key} is pinned twice"
