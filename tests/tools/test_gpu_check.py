@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the checks compare with torch")
 
 import cuda_resources  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_kernels  # noqa: E402
 
 from goslet.cuda_layout import pack_scales, pack_weights, padded_inputs  # noqa: E402
 
@@ -46,13 +47,13 @@ def test_every_check_passes_on_the_host(order: int, shim: Path, tmp_path: Path) 
 
 def test_a_wrong_kernel_fails(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that swaps two of its inputs, and one that writes nothing."""
-    wkv7 = gpu_check.Kernels.wkv7
+    wkv7 = gpu_kernels.Kernels.wkv7
 
     def swapped(self, kind, state_kind, r, w, k, v, *more):  # type: ignore[no-untyped-def]
         wkv7(self, kind, state_kind, r, w, v, k, *more)
 
-    monkeypatch.setattr(gpu_check.Kernels, "wkv7", swapped)
-    monkeypatch.setattr(gpu_check.Kernels, "product", lambda *arguments: None)
+    monkeypatch.setattr(gpu_kernels.Kernels, "wkv7", swapped)
+    monkeypatch.setattr(gpu_kernels.Kernels, "product", lambda *arguments: None)
     assert gpu_check.main(["--shim", str(shim), "--out", str(tmp_path / "r.json")]) == 1
     report = json.loads((tmp_path / "r.json").read_text())
     failed = {check["name"].split()[0] for check in report["checks"] if check["status"] == "failed"}
@@ -70,7 +71,7 @@ def test_the_kernels_compute_the_graphs_operators(version: str, shim: Path) -> N
     """Against the plain forms that the exporter traces, in float64; the tolerance is float's, see gpu_check."""
     from goslet.export.models import rwkv4, rwkv5, rwkv6, rwkv7
 
-    kernels = gpu_check.Kernels(torch, shim, "cpu")
+    kernels = gpu_kernels.Kernels(torch, shim, "cpu")
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> torch.Tensor:
