@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.external_data_helper import set_external_data
 
 from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
@@ -28,6 +29,7 @@ from ..errors import BackendError, DependencyError, InputError, OutputError
 from ..machine import gpu
 from ..output import check_output
 from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanKey, write_plan
+from ..trt_plugin import LIBRARY, find_plugin
 from .trt_graph import PRECISIONS, WEIGHT_FORMS, in_place_states, lower, plugin_nodes
 
 ELSEWHERE = ("orin", "thor")
@@ -40,6 +42,7 @@ _INSTALL = {
 }
 # Larger tensors lie in a file of their own beside the graph: an ONNX file ends at 2 GiB.
 _EXTERNAL_BYTES = 1024
+_EXTERNAL_ALIGNMENT = 4096
 
 Progress = Callable[[str, int, int], None]
 
@@ -89,7 +92,8 @@ def build_plan(
         output: the file to write; None is the engine's name with ``.TARGET.plan`` or ``.TARGET.onnx``.
         precision: of the matrix products, f16 or bf16; the rest is float32.
         weights: ``qdq`` or ``plugin``, how 4-bit and 8-bit weights are used; None is plugin, and qdq with `plain`.
-        plugin: the library libgoslet_trt.so; not needed with `plain` or for a Jetson elsewhere.
+        plugin: the library libgoslet_trt.so; None looks for it as `goslet.trt_plugin.find_plugin` does. Not needed
+            with `plain` or for a Jetson elsewhere.
         plain: use TensorRT's own layers alone.
         batch: sessions that a step moves on together.
         optimization_level: TensorRT's own, 0 to 5; None is its default.
@@ -98,7 +102,8 @@ def build_plan(
 
     Raises:
         ContainerError: the engine is damaged.
-        InputError: an argument cannot be used, or no plugin library is given.
+        InputError: an argument cannot be used.
+        BackendUnavailableError: there is no plugin library.
         DependencyError: TensorRT's Python package is not installed.
         BackendError: TensorRT refuses the graph or cannot build it; there is no GPU for ``local``.
         OutputError: the output exists and `overwrite` is false, or cannot be written.
@@ -111,14 +116,8 @@ def build_plan(
     check_output(path, overwrite)
     if not elsewhere:
         module = _module(target)
-        if not plain and (plugin is None or not Path(plugin).is_file()):
-            raise InputError(
-                "is needed for the recurrences",
-                place="plugin",
-                expected="libgoslet_trt.so",
-                found=str(plugin),
-                remedy="build it (tools/build_cuda --plugin), or do without: --plain",
-            )
+        if not plain:
+            plugin = find_plugin(source, plugin)
     with EngineFile.open(source) as file:
         model = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
         n_plugin_nodes, in_place = len(plugin_nodes(model)), in_place_states(model)
@@ -134,7 +133,7 @@ def build_plan(
                 "module": module,
                 "onnx": str(graph_file),
                 "output": str(Path(folder) / "plan"),
-                "plugin": None if plain else str(Path(plugin).resolve()),  # type: ignore[arg-type]
+                "plugin": None if plain else str(plugin),
                 "timing_cache": f"{path}.timing" if target == "local" else None,
                 "optimization_level": optimization_level,
             }
@@ -185,15 +184,23 @@ def _module(target: str) -> str:
 
 
 def _save(model: onnx.ModelProto, path: Path, published_as: str) -> None:
-    """Write a model and, in a file that is named after it, its weights."""
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{published_as}.data",
-        size_threshold=_EXTERNAL_BYTES,
-    )
+    """Write a model and, in a file that is named after it, its weights.
+
+    By hand: onnx's own function refuses where the *current* folder holds a file of that name.
+    """
+    name = f"{published_as}.data"
+    offset = 0
+    with (path.parent / name).open("wb") as file:
+        for tensor in model.graph.initializer:
+            size_bytes = len(tensor.raw_data)
+            if size_bytes < _EXTERNAL_BYTES:
+                continue
+            padding = -offset % _EXTERNAL_ALIGNMENT
+            file.write(bytes(padding) + tensor.raw_data)
+            set_external_data(tensor, name, offset=offset + padding, length=size_bytes)
+            tensor.ClearField("raw_data")
+            offset += padding + size_bytes
+    path.write_bytes(model.SerializeToString())
 
 
 def _publish(folder: Path, path: Path) -> int:
@@ -201,10 +208,7 @@ def _publish(folder: Path, path: Path) -> int:
     data = path.with_name(f"{path.name}.data")
     size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     try:
-        if (folder / data.name).exists():
-            # onnx makes it for its owner alone.
-            (folder / data.name).chmod((folder / "model.onnx").stat().st_mode)
-            os.replace(folder / data.name, data)
+        os.replace(folder / data.name, data)
         os.replace(folder / "model.onnx", path)
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", file=path) from error
@@ -214,7 +218,8 @@ def _publish(folder: Path, path: Path) -> int:
 def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool) -> str:
     words = ["trtexec", f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}", "--stronglyTyped"]
     if not plain:
-        words.append(f"--staticPlugins={'libgoslet_trt.so' if plugin is None else os.fspath(plugin)}")
+        # With a folder, or the loader would look for it in its own folders alone.
+        words.append(f"--staticPlugins={f'./{LIBRARY}' if plugin is None else os.fspath(plugin)}")
     return shlex.join(words)
 
 

@@ -12,18 +12,18 @@ LIBRARY = "libgoslet_trt.so"
 VARIABLE = "GOSLET_TRT_PLUGIN"
 
 
-def find_plugin(engine: Path) -> Path:
-    """The library that the environment variable GOSLET_TRT_PLUGIN names, or else the one beside an engine file.
+def find_plugin(engine: Path, given: str | os.PathLike[str] | None = None) -> Path:
+    """The library that is given, or that the environment variable GOSLET_TRT_PLUGIN names, or beside an engine file.
 
     Raises:
         BackendUnavailableError: there is none.
     """
     named = os.environ.get(VARIABLE)
-    path = Path(named) if named else engine.parent / LIBRARY
+    path = Path(given or named or engine.parent / LIBRARY)
     if not path.is_file():
         raise BackendUnavailableError(
             f"{LIBRARY} is needed for the recurrences and is not there",
-            place=f"environment variable {VARIABLE}" if named else None,
+            place="plugin" if given else f"environment variable {VARIABLE}" if named else None,
             expected=f"{LIBRARY} beside the engine, or {VARIABLE} to name it",
             found=f"no file {path}",
             remedy=f"build it (tools/build_cuda --plugin {LIBRARY}), or build a plan that needs none: --plain",

@@ -31,6 +31,7 @@ LAYERS = (
         "sampling",
         "tokenizer",
         "planfile",
+        "trt_plugin",
     ),
     ("backends",),
     ("session",),
@@ -46,7 +47,7 @@ LAZY_PACKAGES = {"onnxruntime", "tensorrt", "tokenizers"}
 # What the exporter may import of the runtime; only `verify` opens a session.
 EXPORT_MAY_IMPORT = {
     "", "chat", "container", "cuda_layout", "enginefile", "errors", "initializers", "machine", "output", "planfile",
-    "spec", "tokenizer", "weights",
+    "spec", "tokenizer", "trt_plugin", "weights",
 }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class PinnedMemory:
         self.address = address.value
         self._free = weakref.finalize(self, _quietly, driver, "cuMemFreeHost", address)
         memory = (ctypes.c_uint8 * size_bytes).from_address(self.address)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
         self.bytes[:] = 0
 
 

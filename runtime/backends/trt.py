@@ -239,7 +239,8 @@ class _TrtStepper(Stepper, Elsewhere):
         stream.to_host(base + self._offset(self._seen_count), count, _COUNT_BYTES)
 
     def _offset(self, part: NDArray[Any]) -> int:
-        return int(part.ctypes.data) - self._pinned.address
+        address: int = part.ctypes.data
+        return address - self._pinned.address
 
     def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         every = len(logits) == len(tokens)

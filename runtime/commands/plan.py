@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("f16", "bf16"), default="f16", help="of the matrix products (default: %(default)s)"
     )
-    parser.add_argument("--plugin", metavar="LIB", help="libgoslet_trt.so, with our kernels")
+    parser.add_argument(
+        "--plugin",
+        metavar="LIB",
+        help="libgoslet_trt.so, with our kernels (default: what GOSLET_TRT_PLUGIN names, or beside ENGINE)",
+    )
     parser.add_argument("--plain", action="store_true", help="do without it: TensorRT's own layers alone")
     parser.add_argument(
         "--weights",
@@ -70,7 +74,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if report.command:
         console.note(
             f"{report.path}: {readable_size(report.size_bytes)} of ONNX, {report.plugin_layers} layers for plugins; "
-            "a plan is built on its own device, there run:"
+            "a plan is built on its own device: goslet plan --target local there; to try the model with TensorRT alone:"
         )
         console.line(report.command)
     else:

@@ -239,11 +239,15 @@ def test_a_plan_with_our_plugins_builds(
     with EngineFile.open(engines(version, quant)) as file:
         n_products = sum(entry.format.group is not None for name, entry in file.tensors.items() if name != "emb.weight")
         key = planfile.PlanKey(
-            file.model_id, file.weights_sha256, "rtx", "tensorrt_rtx", report.tensorrt_version, "a GPU", "8.9", 1,
+            file.model_id, file.weights_sha256, "rtx", "tensorrt_rtx", report.tensorrt_version, "", "", 1,
             "f16", "plugin", 1,
         )  # fmt: skip
     assert report.plugin_layers == 3 + n_products and report.warnings == ()
-    content = planfile.read_plan(tmp_path / "x.plan", key)
+    with planfile.PlanFile(tmp_path / "x.plan") as file:
+        content = bytes(file.plan)
+        assert file.key == key
+        names = {"4": ("aa", "bb", "pp")}.get(version[0], ("wkv",))
+        assert file.in_place == {f"{layer}.{name}" for layer in range(3) for name in names}
     assert len(content) == report.size_bytes
     assert f"Wkv{version[0]}".encode() in content
     assert (b"GosletProduct" in content) == (quant != "f16")
@@ -276,7 +280,7 @@ def test_the_command_writes_onnx_and_a_line_for_a_jetson(
     said = capsys.readouterr()
     assert said.out == (
         "trtexec '--onnx=my model.onnx' '--saveEngine=my model.engine' --stronglyTyped "
-        "--staticPlugins=libgoslet_trt.so\n"
+        "--staticPlugins=./libgoslet_trt.so\n"
     )
     assert "on its own device" in said.err
     model = onnx.load("my model.onnx")  # with its weights, by the name that they have now
@@ -284,6 +288,11 @@ def test_the_command_writes_onnx_and_a_line_for_a_jetson(
     assert sorted(os.listdir()) == ["my model.onnx", "my model.onnx.data"]
     assert cli.main(["plan", str(engines("7", "int4")), "--target", "orin", "-o", "my model.onnx"]) == 1
     assert "--force" in capsys.readouterr().err
+    again = ["plan", str(engines("7", "int8")), "--target", "orin", "-o", "my model.onnx", "--force"]
+    assert cli.main(again) == 0, capsys.readouterr().err
+    products = [node for node in onnx.load("my model.onnx").graph.node if node.op_type == "GosletProduct"]
+    assert {attribute.i for node in products for attribute in node.attribute if attribute.name == "bits"} == {8}
+    assert sorted(os.listdir()) == ["my model.onnx", "my model.onnx.data"]
 
 
 def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,11 +309,11 @@ def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkey
     for arguments, error, words in wrong.values():
         with pytest.raises(error, match=words):
             plan.build_plan(path, **arguments)
-    monkeypatch.setattr(plan, "_PACKAGES", {"local": ("no_such_tensorrt",), "rtx": ("no_such_tensorrt",)})
+    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("no_such_tensorrt",), "tensorrt_rtx": ("no_such_tensorrt",)})
     with pytest.raises(DependencyError, match="apt install python3-libnvinfer"):
         plan.build_plan(path, target="local")
-    monkeypatch.setattr(plan, "_PACKAGES", {"local": ("json",), "rtx": ("json",)})
-    with pytest.raises(InputError, match="tools/build_cuda --plugin"):
+    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
+    with pytest.raises(BackendUnavailableError, match="tools/build_cuda --plugin"):
         plan.build_plan(path, target="rtx", plugin=tmp_path / "none.so", output=tmp_path / "x.plan")
     assert plan_command.TARGETS == plan.TARGETS
     assert list(tmp_path.iterdir()) == []
@@ -327,7 +336,7 @@ def test_a_builder_that_fails_is_one_line_and_no_file(
     script.parent.mkdir()
     script.write_text(program)
     monkeypatch.setattr(plan, "__file__", str(script.with_name("plan.py")))
-    monkeypatch.setattr(plan, "_PACKAGES", {"local": ("json",), "rtx": ("json",)})
+    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
     with pytest.raises(BackendError, match=words) as caught:
         plan.build_plan(engines("7", "int4"), target="rtx", plain=True, output=tmp_path / "x.plan")
     assert "\n" not in str(caught.value)
@@ -345,42 +354,21 @@ def test_a_file_that_is_no_plugin_library(engines: _Engines, tmp_path: Path) -> 
 KEY = planfile.PlanKey("m", "w", "local", "tensorrt", "10.3.0", "Orin", "8.7", 1, "f16", "plugin", 1)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("model_id", "other", "another model"),
-        ("weights_sha256", "other", "another engine of this model"),
-        ("runtime", "tensorrt_rtx", "another runtime"),
-        ("tensorrt_version", "10.4.0", "another version of TensorRT"),
-        ("device", "Thor", "another GPU"),
-        ("capability", "11.0", "another kind of GPU"),
-        ("plugin_version", 2, "another version of the plugins"),
-        ("precision", "bf16", "another precision"),
-        ("weights", "qdq", "another form of weights"),
-        ("batch", 2, "another batch"),
-    ],
-)
-def test_a_plan_of_something_else_is_refused(field: str, value: Any, words: str, tmp_path: Path) -> None:
-    planfile.write_plan(tmp_path / "x.plan", KEY, b"plan", overwrite=False)
-    assert planfile.read_plan(tmp_path / "x.plan", KEY) == b"plan"
-    expected = planfile.PlanKey(**{**vars(KEY), field: value})
-    with pytest.raises(BackendUnavailableError, match=words) as caught:
-        planfile.read_plan(tmp_path / "x.plan", expected)
-    assert "goslet plan ENGINE" in str(caught.value)
-
-
 def test_plan_files_that_are_damaged(tmp_path: Path) -> None:
+    """What a plan is of is checked where plans are run: tests/runtime/test_trt.py."""
     path = tmp_path / "x.plan"
-    planfile.write_plan(path, KEY, b"plan" * 1000, overwrite=False)
+    planfile.write_plan(path, KEY, ["0.wkv"], b"plan" * 1000, overwrite=False)
+    with planfile.PlanFile(path) as file:
+        assert (file.key, file.in_place, bytes(file.plan)) == (KEY, {"0.wkv"}, b"plan" * 1000)
     whole = path.read_bytes()
     for position in (3, 9, 20, 100, len(whole) - 1):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(ContainerError):
-            planfile.read_plan(path, KEY)
+            planfile.PlanFile(path)
     path.write_bytes(whole[:-1])
     with pytest.raises(ContainerError):
-        planfile.read_plan(path, KEY)
-    for changed in ({"batch": "1"}, {"batch": True}, {"device": None}):
+        planfile.PlanFile(path)
+    for changed in ({"batch": "1"}, {"batch": True}, {"device": None}, {"precision": "f8"}):
         with pytest.raises(ContainerError, match="key"):
             planfile.PlanKey.from_json({**vars(KEY), **changed})
 
