@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import mmap
 import os
 import shlex
 import subprocess
@@ -20,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-from onnx.external_data_helper import set_external_data
+from onnx import TensorProto
 
 from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
@@ -30,7 +30,7 @@ from ..machine import gpu
 from ..output import check_output
 from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanKey, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
-from .trt_graph import PRECISIONS, WEIGHT_FORMS, in_place_states, lower, plugin_nodes
+from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
 
 ELSEWHERE = ("orin", "thor")
 TARGETS = (*RUNNABLE_TARGETS, *ELSEWHERE)
@@ -40,8 +40,6 @@ _INSTALL = {
     "local": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
     "rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
 }
-# Larger tensors lie in a file of their own beside the graph: an ONNX file ends at 2 GiB.
-_EXTERNAL_BYTES = 1024
 _EXTERNAL_ALIGNMENT = 4096
 
 Progress = Callable[[str, int, int], None]
@@ -119,12 +117,11 @@ def build_plan(
         if not plain:
             plugin = find_plugin(source, plugin)
     with EngineFile.open(source) as file:
-        model = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
-        n_plugin_nodes, in_place = len(plugin_nodes(model)), in_place_states(model)
+        lowered = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
+        n_plugin_nodes, in_place = len(plugin_nodes(lowered.model)), in_place_states(lowered.model)
         with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
             graph_file = Path(folder) / "model.onnx"
-            _save(model, graph_file, path.name if elsewhere else graph_file.name)
-            del model
+            _save(lowered, graph_file, path.name if elsewhere else graph_file.name)
             if elsewhere:
                 size_bytes = _publish(Path(folder), path)
                 command = _trtexec(path, plugin, plain)
@@ -152,7 +149,12 @@ def build_plan(
                 weights=form,
                 batch=batch,
             )
-            write_plan(path, key, in_place, (Path(folder) / "plan").read_bytes(), overwrite=overwrite)
+            with (
+                (Path(folder) / "plan").open("rb") as built,
+                mmap.mmap(built.fileno(), 0, access=mmap.ACCESS_READ) as content,
+                memoryview(content) as plan,
+            ):
+                write_plan(path, key, in_place, plan, overwrite=overwrite)
     return PlanReport(
         path, result["size_bytes"], result["plugin_layers"], result["version"], result["build_s"], warnings, ""
     )
@@ -183,23 +185,19 @@ def _module(target: str) -> str:
     )
 
 
-def _save(model: onnx.ModelProto, path: Path, published_as: str) -> None:
-    """Write a model and, in a file that is named after it, its weights.
-
-    By hand: onnx's own function refuses where the *current* folder holds a file of that name.
-    """
+def _save(lowered: Lowered, path: Path, published_as: str) -> None:
+    """Write a model and, in a file that is named after it, its weights: an ONNX file ends at 2 GiB."""
     name = f"{published_as}.data"
-    offset = 0
+    model = lowered.model
     with (path.parent / name).open("wb") as file:
         for tensor in model.graph.initializer:
-            size_bytes = len(tensor.raw_data)
-            if size_bytes < _EXTERNAL_BYTES:
-                continue
-            padding = -offset % _EXTERNAL_ALIGNMENT
-            file.write(bytes(padding) + tensor.raw_data)
-            set_external_data(tensor, name, offset=offset + padding, length=size_bytes)
-            tensor.ClearField("raw_data")
-            offset += padding + size_bytes
+            if tensor.name in lowered.weights:
+                file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
+                offset, data = file.tell(), lowered.weights[tensor.name]()
+                file.write(data)
+                tensor.data_location = TensorProto.EXTERNAL
+                for key, value in (("location", name), ("offset", offset), ("length", len(data))):
+                    tensor.external_data.add(key=key, value=str(value))
     path.write_bytes(model.SerializeToString())
 
 

@@ -13,7 +13,9 @@ The recurrences are either nodes that the plugin library takes, or, without it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
-from ..cuda_layout import pack_scales, pack_weights
+from ..cuda_layout import pack_scales, pack_weights, padded_inputs
 from ..enginefile import EngineFile
-from ..initializers import SCALE_SUFFIX, graph_initializers
+from ..initializers import SCALE_SUFFIX, weight_buffers, weight_initializers
+from ..spec import EMBEDDING
 from ..weights import quantized_values
 
 PRECISIONS = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -40,21 +43,39 @@ _FOLDED_TYPES = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, Tensor
 PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A graph for TensorRT, and its weights, which are made one by one when they are written.
+
+    Attributes:
+        model: inputs ``x`` and ``state_in.…`` and outputs as the engine's graph has, all float32, with the batch as
+            their first axis; small tensors inside, the weights without their data.
+        weights: what gives each weight's raw bytes, by the initializer's name.
+    """
+
+    model: ModelProto
+    weights: dict[str, Callable[[], bytes]]
+
+    def whole(self) -> ModelProto:
+        """The model with all weights inside, for graphs that are small enough."""
+        model: ModelProto = ModelProto.FromString(self.model.SerializeToString())
+        for initializer in model.graph.initializer:
+            if initializer.name in self.weights:
+                initializer.raw_data = self.weights[initializer.name]()
+        return model
+
+
 def lower(
     engine: EngineFile, *, precision: str = "f16", batch: int = 1, weights: str = "qdq", plugins: bool = True
-) -> ModelProto:
-    """The graph for TensorRT, weights inside.
+) -> Lowered:
+    """The graph for TensorRT.
 
     Args:
-        engine: the engine file.
+        engine: the engine file, which must stay open until the weights are written.
         precision: of the matrix products, f16 or bf16.
         batch: sessions that a step moves on together.
         weights: ``qdq`` or ``plugin``; plain weights are of the products' precision in both.
         plugins: whether the recurrences are nodes for the plugin library, or standard operators.
-
-    Returns:
-        The model: inputs ``x`` and ``state_in.…`` and outputs as the engine's graph has, all float32, with `batch` as
-        their first axis.
     """
     model = ModelProto.FromString(bytes(engine.graph_bytes))
     graph = model.graph
@@ -62,33 +83,41 @@ def lower(
         dimension = value.type.tensor_type.shape.dim[0]
         dimension.ClearField("dim_param")
         dimension.dim_value = batch
-    content = graph_initializers(engine)
+    content: dict[str, Callable[[], bytes]] = {}
+    for name, entry in engine.tensors.items():
+        if name != EMBEDDING:
+            for made in weight_initializers(name, entry.format, entry.shape):
+                content[made] = partial(_stored, engine, name, made)
     for initializer in graph.initializer:
         if initializer.name in content:
             initializer.ClearField("external_data")
             initializer.data_location = TensorProto.DEFAULT
-            initializer.raw_data = content[initializer.name].tobytes()
-    del content
-    _lower_products(graph, engine, PRECISIONS[precision], weights)
+            if math.prod(initializer.dims) <= _SMALL:
+                initializer.raw_data = content.pop(initializer.name)()
+    _lower_products(graph, content, engine, PRECISIONS[precision], weights)
     del graph.value_info[:]
-    _fold_constants(graph)
+    _fold_constants(graph, content)
     if plugins:
         for node in graph.node:
             if node.domain == DOMAIN:
                 _mark(node)
         del model.functions[:]
-        lowered: ModelProto = model
     else:
-        lowered = inline_local_functions(model)
-    return lowered
+        model = inline_local_functions(model)
+    names = {initializer.name for initializer in model.graph.initializer}
+    return Lowered(model, {name: make for name, make in content.items() if name in names})
 
 
-def _fold_constants(graph: GraphProto) -> None:
+def _stored(engine: EngineFile, name: str, initializer: str) -> bytes:
+    return weight_buffers(name, engine.weight(name))[initializer].tobytes()
+
+
+def _fold_constants(graph: GraphProto, content: dict[str, Callable[[], bytes]]) -> None:
     """Compute what depends on small constants alone: the parser takes axes and the like only as such."""
     constants = {
         initializer.name: onnx.numpy_helper.to_array(initializer)
         for initializer in graph.initializer
-        if math.prod(initializer.dims) <= _SMALL and initializer.data_type in _FOLDED_TYPES
+        if initializer.name not in content and initializer.data_type in _FOLDED_TYPES
     }
     nodes: list[NodeProto] = []
     for node in graph.node:
@@ -142,7 +171,9 @@ def _mark(node: NodeProto) -> None:
     node.attribute.extend(helper.make_attribute(name, value) for name, value in PLUGIN_ATTRIBUTES.items())
 
 
-def _lower_products(graph: GraphProto, engine: EngineFile, precision: int, form: str) -> None:
+def _lower_products(
+    graph: GraphProto, content: dict[str, Callable[[], bytes]], engine: EngineFile, precision: int, form: str
+) -> None:
     """Give every product with a weight inputs and weights of the precision, and its output float32."""
     makers = {output: node for node in graph.node for output in node.output}
     initializers = {initializer.name: initializer for initializer in graph.initializer}
@@ -163,7 +194,7 @@ def _lower_products(graph: GraphProto, engine: EngineFile, precision: int, form:
         if made is not None:
             dropped.add(made.output[0])
         if group is not None and form == "plugin":
-            graph.initializer.extend(_packed(engine, weight))
+            graph.initializer.extend(_packed(engine, weight, content))
             product = helper.make_node(
                 PRODUCT, [casts[x], f"{weight}.packed", f"{weight}.packed_scale"], [f"{out}.low"],
                 name=f"product.{weight}", bits=int(engine.tensors[weight].format.name.removeprefix("int")), group=group,
@@ -171,7 +202,9 @@ def _lower_products(graph: GraphProto, engine: EngineFile, precision: int, form:
             _mark(product)
             nodes.append(product)
         else:
-            nodes.extend(_plain_product(initializers[weight], initializers, casts[x], f"{out}.low", precision, group))
+            nodes.extend(
+                _plain_product(initializers[weight], initializers, content, casts[x], f"{out}.low", precision, group)
+            )
         casts[out] = f"{out}.low"
         nodes.append(helper.make_node("Cast", [f"{out}.low"], [out], to=TensorProto.FLOAT, name=f"cast.{out}"))
     del graph.node[:]
@@ -191,6 +224,7 @@ def _weight_of(node: NodeProto, makers: dict[str, NodeProto], initializers: dict
 def _plain_product(
     weight: TensorProto,
     initializers: dict[str, TensorProto],
+    content: dict[str, Callable[[], bytes]],
     x: str,
     out: str,
     precision: int,
@@ -201,31 +235,51 @@ def _plain_product(
     if group is not None:
         scale = initializers[weight.name + SCALE_SUFFIX]
         if scale.data_type == TensorProto.FLOAT:
-            _convert(scale, precision)
+            _convert(scale, content, precision)
         yield helper.make_node(
             "DequantizeLinear", [weight.name, scale.name], [low], axis=0, block_size=group, name=f"dequantize.{low}"
         )
     else:
         if weight.data_type != precision:
-            _convert(weight, precision)
+            _convert(weight, content, precision)
         low = weight.name
     yield helper.make_node("MatMul", [x, low], [out], name=f"product.{weight.name}")
 
 
-def _convert(tensor: TensorProto, precision: int) -> None:
+def _convert(tensor: TensorProto, content: dict[str, Callable[[], bytes]], precision: int) -> None:
     """Store a float tensor's numbers in another float type."""
-    numbers = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-    dtype = helper.tensor_dtype_to_np_dtype(precision)
-    tensor.raw_data = numbers.astype(dtype).tobytes()
+    old, new = (helper.tensor_dtype_to_np_dtype(number) for number in (tensor.data_type, precision))
     tensor.data_type = precision
+    if tensor.name in content:
+        content[tensor.name] = partial(_converted, content[tensor.name], old, new)
+    else:
+        tensor.raw_data = _converted(lambda: tensor.raw_data, old, new)
 
 
-def _packed(engine: EngineFile, name: str) -> Iterator[TensorProto]:
+def _converted(make: Callable[[], bytes], old: np.dtype[Any], new: np.dtype[Any]) -> bytes:
+    return np.frombuffer(make(), old).astype(np.float32).astype(new).tobytes()
+
+
+def _packed(engine: EngineFile, name: str, content: dict[str, Callable[[], bytes]]) -> Iterator[TensorProto]:
     """A matrix's weights and scales as the kernels read them."""
+    entry = engine.tensors[name]
+    n_out, n_in = entry.shape
+    assert entry.format.group is not None
+    bits = int(entry.format.name.removeprefix("int"))
+    for suffix, data_type, shape, make in (
+        ("packed", TensorProto.INT32, (n_out, padded_inputs(n_in) * bits // 32), _packed_weights),
+        ("packed_scale", TensorProto.FLOAT16, (n_out, padded_inputs(n_in) // entry.format.group), _packed_scales),
+    ):
+        content[f"{name}.{suffix}"] = partial(make, engine, name)
+        yield TensorProto(name=f"{name}.{suffix}", data_type=data_type, dims=shape)
+
+
+def _packed_weights(engine: EngineFile, name: str) -> bytes:
+    stored = engine.weight(name)
+    return pack_weights(quantized_values(stored), int(stored.format.name.removeprefix("int"))).tobytes()
+
+
+def _packed_scales(engine: EngineFile, name: str) -> bytes:
     stored = engine.weight(name)
     assert stored.scales is not None and stored.format.group is not None
-    bits = int(stored.format.name.removeprefix("int"))
-    words: NDArray[np.int32] = pack_weights(quantized_values(stored), bits).view("<i4")
-    scales = pack_scales(stored.scales, stored.shape[1], stored.format.group)
-    yield helper.make_tensor(f"{name}.packed", TensorProto.INT32, words.shape, words.tobytes(), raw=True)
-    yield helper.make_tensor(f"{name}.packed_scale", TensorProto.FLOAT16, scales.shape, scales.tobytes(), raw=True)
+    return pack_scales(stored.scales, stored.shape[1], stored.format.group).tobytes()

@@ -91,17 +91,19 @@ def graph_initializers(file: EngineFile) -> dict[str, NDArray[np.uint8]]:
     """
     buffers: dict[str, NDArray[np.uint8]] = {}
     for name in file.tensors:
-        if name == EMBEDDING:
-            continue
-        weight = file.weight(name)
-        if len(weight.shape) == 1:
-            buffers[name] = weight.data.reshape(-1).view(np.uint8)
-            continue
-        buffers[name] = _transposed(weight)
-        if weight.scales is not None:
-            buffers[name + SCALE_SUFFIX] = np.ascontiguousarray(weight.scales.T, np.float32).reshape(-1).view(np.uint8)
-        # It may be a copy, and must not be in memory while the next one is unpacked.
-        del weight
+        if name != EMBEDDING:
+            # No name is given to the weight, which may be a copy and must not be in memory with the next one.
+            buffers |= weight_buffers(name, file.weight(name))
+    return buffers
+
+
+def weight_buffers(name: str, weight: EncodedWeight) -> dict[str, NDArray[np.uint8]]:
+    """The raw bytes of the initializers that one stored tensor becomes, by name; `weight_initializers` lists them."""
+    if len(weight.shape) == 1:
+        return {name: weight.data.reshape(-1).view(np.uint8)}
+    buffers = {name: _transposed(weight)}
+    if weight.scales is not None:
+        buffers[name + SCALE_SUFFIX] = np.ascontiguousarray(weight.scales.T, np.float32).reshape(-1).view(np.uint8)
     return buffers
 
 

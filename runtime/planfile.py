@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .container import Section, errors_in, read_container, write_container
+from .container import Buffer, Section, errors_in, read_container, write_container
 from .errors import BackendUnavailableError, HeaderError
 
 PLAN_MAGIC = b"GOSLPLAN"
@@ -92,7 +92,7 @@ def plan_path(engine: Path, target: str) -> Path:
     return engine.with_suffix(f".{target}.plan")
 
 
-def write_plan(path: Path, key: PlanKey, in_place: Sequence[str], plan: bytes, *, overwrite: bool) -> None:
+def write_plan(path: Path, key: PlanKey, in_place: Sequence[str], plan: Buffer, *, overwrite: bool) -> None:
     """Write a plan file; it appears whole or not at all.
 
     Args:

@@ -105,7 +105,7 @@ class _OrtCudaStepper(Stepper, Elsewhere):
         self._session = session
         self._embedding = embedding
         # The state holds this, and a circle would keep the device's memory until the next garbage collection.
-        self._state = weakref.proxy(state)
+        self._state: State = weakref.proxy(state)
         self._x, self._logits = memory(1, n_input), memory(1, vocab_size)
         self._copies = [{tensor.name: memory(1, *tensor.shape) for tensor in state.spec.tensors} for _ in range(2)]
         self._bindings = [self._binding(*self._copies), self._binding(*self._copies[::-1])]

@@ -171,7 +171,7 @@ class _TrtStepper(Stepper, Elsewhere):
         self._context = context
         self._embedding = embedding
         # The state holds this, and a circle would keep the device's memory until the next garbage collection.
-        self._state = weakref.proxy(state)
+        self._state: State = weakref.proxy(state)
         self._layout = layout = _Pool(state.spec)
         n_vocab = embedding.shape[0]
         self._stream = Stream(driver)

@@ -131,7 +131,7 @@ std::string engine_bytes(const StoredTensor& tensor) {
         R"("layer_norm_eps":1e-05,"ranks":{"w":8}},"state":{"layout_version":1,"dtype":"float32","tensors":[)"
         R"({"name":"0.wkv","shape":[4,16,16],"axes":"head,value,key","init":0.0}]},"model_id":")" +
         kModelId +
-        R"(","provenance":{},"tokenizer":null,"graph":{"opset":21,"format":"onnx"},"tensors":[{"name":"w",)" +
+        R"(","provenance":{},"tokenizer":null,"chat":null,"graph":{"opset":21,"format":"onnx"},"tensors":[{"name":"w",)" +
         R"("format":")" + tensor.format + R"(","group":)" + (has_scales ? std::to_string(tensor.group) : "null") +
         R"(,"layout":")" + tensor.layout + R"(","shape":)" + tensor.shape + R"(,"offset":0,"size_bytes":)" +
         std::to_string(tensor.data_bytes) + R"(,"scales_offset":)" +

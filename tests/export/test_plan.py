@@ -120,7 +120,7 @@ def test_the_lowered_graph_computes_what_the_engine_does(
     """The very graph that TensorRT gets, with the functions' bodies in it, against the engine's own in float32."""
     path = engines(version, quant)
     with EngineFile.open(path) as file:
-        model = lower(file, precision=precision, plugins=False)
+        model = lower(file, precision=precision, plugins=False).whole()
     assert not model.functions and all(not node.domain for node in model.graph.node)
     onnx.checker.check_model(model, full_check=True)
     try:
@@ -174,7 +174,7 @@ def test_the_graph_of_plugins_computes_the_same(version: str, quant: str, engine
 
     path = engines(version, quant)
     with EngineFile.open(path) as file:
-        model = lower(file, weights="plugin")
+        model = lower(file, weights="plugin").whole()
         n_matrices = sum(entry.format.group is not None for name, entry in file.tensors.items() if name != "emb.weight")
     assert len(plugin_nodes(model)) == 3 + n_matrices
     operators = [
@@ -190,7 +190,7 @@ def test_the_graph_of_plugins_computes_the_same(version: str, quant: str, engine
 
 def test_the_state_and_the_recurrence_stay_float32(engines: _Engines) -> None:
     with EngineFile.open(engines("7", "int4")) as file:
-        model = lower(file, batch=3)
+        model = lower(file, batch=3).whole()
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         assert value.type.tensor_type.shape.dim[0].dim_value == 3

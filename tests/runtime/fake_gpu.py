@@ -333,8 +333,8 @@ def write_fake_plan(engine: Path, **changed: Any) -> tuple[Path, frozenset[str]]
     from goslet.export.trt_graph import in_place_states, lower
 
     with EngineFile.open(engine) as file:
-        in_place = in_place_states(lower(file))
-        model = lower(file, plugins=False)
+        in_place = in_place_states(lower(file).model)
+        model = lower(file, plugins=False).whole()
         path = planfile.plan_path(engine, "local")
         planfile.write_plan(path, plan_key(file, **changed), in_place, model.SerializeToString(), overwrite=True)
     return path, frozenset(in_place)

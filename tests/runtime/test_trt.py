@@ -343,7 +343,7 @@ def test_a_plan_with_other_inputs(path: Path, tiny_engines: dict[str, Path], tmp
     from goslet.export.trt_graph import lower
 
     with fake_gpu.fake_gpu(), EngineFile.open(path) as file:
-        model = lower(file, batch=2, plugins=False).SerializeToString()
+        model = lower(file, batch=2, plugins=False).whole().SerializeToString()
         planfile.write_plan(planfile.plan_path(path, "local"), plan_key(file), [], model, overwrite=True)
         with pytest.raises(BackendError, match=r"x: .*not those of the engine.*\(1, 64\).*\(2, 64\)"):
             goslet.open(path, backend="trt")
