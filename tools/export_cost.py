@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Measures what an export costs: time and memory at the released shapes, with random weights.
 
-    tools/export_cost.py [--models 7-0.1b 7-0.4b …] [--quant int4] [--work DIR] [--json OUT]
+    tools/export_cost.py [--models 7-0.1b 7-0.4b …] [--gguf] [--quant int4] [--work DIR] [--json OUT]
 
-For each model a bf16 checkpoint with random weights is written, exported in a process of its own, and the engine
-decodes a few tokens. Memory is read every 20 ms while the export runs: `peak_anonymous_bytes` is what the process
-allocated, torch and the tracing of the graph included (`imports_bytes` is what importing alone takes), and
-`peak_resident_bytes` counts the pages of the checkpoint that it mapped too, which the system takes back when it needs
-them.
+For each model a bf16 checkpoint with random weights is written, with --gguf made into a GGUF file in F16, exported in a
+process of its own, and the engine decodes a few tokens. Memory is read every 20 ms while the export runs:
+`peak_anonymous_bytes` is what the process allocated, torch and the tracing of the graph included (`imports_bytes` is
+what importing alone takes), and `peak_resident_bytes` counts the pages of the checkpoint that it mapped too, which the
+system takes back when it needs them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf_rwkv7 import write_gguf
 from random_checkpoint import SHAPES, random_rwkv4, random_rwkv7, save
 
 import goslet
@@ -64,10 +65,14 @@ def peak_memory_bytes(code: str, *words: object) -> dict[str, int]:
     return peak
 
 
-def measure(model: str, quant: str, folder: Path) -> dict[str, Any]:
+def measure(model: str, quant: str, folder: Path, as_gguf: bool) -> dict[str, Any]:
     """Export one model and decode a few tokens with it."""
     checkpoint, engine_path = folder / f"{model}.pth", folder / f"{model}.goslet"
     write_checkpoint(model, checkpoint)
+    if as_gguf:
+        original, checkpoint = checkpoint, folder / f"{model}.gguf"
+        write_gguf(original, checkpoint)
+        original.unlink()
     start_s = time.monotonic()
     peak = peak_memory_bytes(EXPORT, checkpoint, engine_path, quant)
     duration_s = time.monotonic() - start_s
@@ -79,6 +84,7 @@ def measure(model: str, quant: str, folder: Path) -> dict[str, Any]:
     result = {
         "model": model,
         "quant": quant,
+        "checkpoint": "GGUF F16" if as_gguf else "pth bf16",
         "checkpoint_bytes": checkpoint.stat().st_size,
         "engine_bytes": engine_path.stat().st_size,
         "largest_tensor_float32_bytes": largest,
@@ -97,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--gguf", action="store_true", help="export from GGUF; RWKV-7 alone")
     parser.add_argument("--quant", default="int4")
     parser.add_argument("--work", type=Path, help="a folder for the checkpoints (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write the results here too")
@@ -104,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         for model in options.models:
-            results.append(measure(model, options.quant, Path(folder)))
+            results.append(measure(model, options.quant, Path(folder), options.gguf))
             print(json.dumps(results[-1]), flush=True)
     if options.json is not None:
         report = {"machine": f"{cpu_model()}, {available_cores()} cores", "results": results}

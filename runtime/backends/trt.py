@@ -71,7 +71,15 @@ class TrtBackend(Backend):
             if device is not None:
                 plan.check(capability=device.capability, device=device.name)
             self._logger = _logger(trt)
-            self._runtime = trt.Runtime(self._logger)
+            try:
+                self._runtime = trt.Runtime(self._logger)
+            except Exception as error:  # TensorRT's exceptions share no base but Exception
+                raise BackendUnavailableError(
+                    "TensorRT does not start",
+                    place="backend trt",
+                    found=self._logger.take() or first_line(error),
+                    remedy="install the driver and the CUDA that this TensorRT names, or use backend native",
+                ) from error
             if key.plugin_version:
                 library = find_plugin(Path(file.path))
                 plan.check(plugin_version=plugin_version(library))
@@ -79,13 +87,13 @@ class TrtBackend(Backend):
                     raise BackendUnavailableError(
                         "is no plugin library for this TensorRT",
                         file=library,
-                        found=self._logger.last or None,
+                        found=self._logger.take(),
                         remedy="build it here: tools/build_cuda --plugin",
                     )
             self._engine = self._runtime.deserialize_cuda_engine(plan.plan)
             if self._engine is None:
                 raise BackendError(
-                    "TensorRT does not take the plan", file=path, found=self._logger.last or None, remedy=_REBUILD
+                    "TensorRT does not take the plan", file=path, found=self._logger.take(), remedy=_REBUILD
                 )
             _check_signature(trt, self._engine, file, path)
             strangers = plan.in_place - {tensor.name for tensor in file.state_spec.tensors}
@@ -97,7 +105,6 @@ class TrtBackend(Backend):
             self._in_place = plan.in_place
         self._rounding = _ROUNDING[key.precision]
         self._spec = file.spec
-        self._state_spec = file.state_spec
         self._embedding = file.weight(EMBEDDING)
 
     def activation_rounding(self, weight: WeightFormat) -> Rounding:
@@ -110,15 +117,15 @@ class TrtBackend(Backend):
         Raises:
             BackendError: the device's memory is short, or the step cannot be captured.
         """
-        context = self._engine.create_execution_context()
-        if context is None:
-            raise BackendError(
-                "TensorRT cannot make a context for a session",
-                found=self._logger.last or None,
-                remedy="free some of the device's memory, or use fewer sessions",
-            )
         try:
             self._driver.activate()
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise BackendError(
+                    "TensorRT cannot make a context for a session",
+                    found=self._logger.take(),
+                    remedy="free some of the device's memory, or use fewer sessions",
+                )
             return _TrtStepper(
                 self._driver, context, self._embedding, sum(self._spec.input_sizes), state, self._in_place
             )
@@ -361,16 +368,22 @@ def _import(runtime: str, plan: Path) -> Any:
 
 
 def _logger(trt: Any) -> Any:
-    """A logger that keeps the last error instead of printing it."""
+    """A logger that keeps errors instead of printing them."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = ""
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity.name in ("INTERNAL_ERROR", "ERROR"):
-                self.last = " ".join(message.split())[:300]
+                self.errors.append(message)
+
+        def take(self) -> str | None:
+            """What went wrong since the last time, the first of it first."""
+            said = " ".join("; ".join(self.errors).split())[:300]
+            self.errors.clear()
+            return said or None
 
     return Logger()
 

@@ -189,7 +189,9 @@ class FakeCuda:
         self._copy(("device", "device"), *arguments)
 
 
-class _Named:
+class Named:
+    """A value of an enumeration."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -222,14 +224,14 @@ class FakeTensorRT(types.ModuleType):
 
             def load_library(self, path: str) -> object | None:
                 if not outer.loads_plugins:
-                    self.logger.log(_Named("ERROR"), "no plugins\nin it")
+                    self.logger.log(Named("ERROR"), "no plugins\nin it")
                     return None
                 return self
 
             def deserialize_cuda_engine(self, plan: memoryview) -> _FakeEngine | None:
                 if bytes(plan[:7]) == b"garbled":
-                    self.logger.log(_Named("WARNING"), "never shown")
-                    self.logger.log(_Named("ERROR"), "magicTag does\nnot match")
+                    self.logger.log(Named("WARNING"), "never shown")
+                    self.logger.log(Named("ERROR"), "magicTag does\nnot match")
                     return None
                 return _FakeEngine(outer, bytes(plan))
 
@@ -252,8 +254,8 @@ class _FakeEngine:
     def get_tensor_name(self, index: int) -> str:
         return list(self.values)[index]
 
-    def get_tensor_mode(self, name: str) -> _Named:
-        return _Named("INPUT" if name in self.inputs else "OUTPUT")
+    def get_tensor_mode(self, name: str) -> Named:
+        return Named("INPUT" if name in self.inputs else "OUTPUT")
 
     def get_tensor_shape(self, name: str) -> list[int]:
         return list(self.values[name].shape)

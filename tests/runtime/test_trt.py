@@ -385,6 +385,9 @@ def test_machines_that_lack_something(
     with pytest.raises(BackendUnavailableError, match=r"no TensorRT plan.*goslet plan tiny.goslet --target local"):
         goslet.open(path, backend="trt")
     write_fake_plan(path)
+    monkeypatch.setattr(machine[1], "Runtime", lambda logger: logger.log(fake_gpu.Named("ERROR"), "error: 35") or 1 / 0)
+    with pytest.raises(BackendUnavailableError, match=r"does not start.*error: 35"):
+        goslet.open(path, backend="trt")
     cuda.fail["cuInit"] = (0, 3)
     with pytest.raises(BackendUnavailableError, match="CUDA_ERROR_NOT_INITIALIZED"):
         goslet.open(path, backend="trt")
