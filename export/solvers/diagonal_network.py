@@ -124,7 +124,8 @@ def flow(a: npt.ArrayLike, y: npt.ArrayLike, p: float, alpha: float, residual: f
 def limit(a: npt.ArrayLike, y: npt.ArrayLike, p: float, alpha: float) -> Array:
     """Where the network's gradient flow ends: x, float64 [n]; Newton's method on the convex dual.
 
-    Where no x fits, the flow ends at a least-squares fit, and so does this.
+    Where no x fits, the flow ends at a least-squares fit, and so does this. Where |x|_1 has several minimizers, x along
+    them is known only to about 1e-16 / alpha^(p - 2), relative to x.
 
     Args:
         a: A, numbers [m, n].
@@ -134,8 +135,9 @@ def limit(a: npt.ArrayLike, y: npt.ArrayLike, p: float, alpha: float) -> Array:
 
     Raises:
         InputError: a wrong shape, a number that is not finite, p < 2, or an alpha that is not positive.
-        ConvergenceError: alpha is too small for float64: from about alpha^(p - 2) < 1e-11 on, or where some |x| is far
-            below alpha^p; `selected` gives what it tends to.
+        ConvergenceError: alpha is too small for float64: for p > 2 from alpha^(p - 2) of about 1e-11 on, and from
+            alpha^p of about 1e-11 on where x tends to fewer entries than there are equations, both relative to x.
+            `selected` gives what it tends to.
     """
     matrix, values = _system(a, y)
     _check_network(p, alpha)
