@@ -170,3 +170,7 @@ class OutputError(GosletError):
 
 class DependencyError(GosletError):
     """An optional package is needed and not installed."""
+
+
+class ConvergenceError(GosletError):
+    """An iteration ended before it reached what it was to reach."""

@@ -190,6 +190,19 @@ class TestImports:
         ]
         assert not wrong, listed(wrong)
 
+    def test_the_solvers_need_numpy_alone(self) -> None:
+        allowed = {*sys.stdlib_module_names, "goslet", "numpy"}
+        solvers = [found for found in IMPORTS if found.importer.startswith("goslet.export.solvers")]
+        wrong = [found for found in solvers if found.name.split(".")[0] not in allowed]
+        wrong += [
+            found
+            for found in solvers
+            if found.name.startswith("goslet.")
+            and found.name != "goslet.errors"
+            and not found.name.startswith("goslet.export.solvers")
+        ]
+        assert solvers and not wrong, listed(wrong)
+
     def test_a_version_never_imports_another(self) -> None:
         version = re.compile(r"goslet\.export\.models\.rwkv\d+")
         wrong = [found for found in IMPORTS if version.match(found.importer) and version.match(found.name)]
