@@ -81,7 +81,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             break
         if word.startswith("--") and " " not in word and flag not in flags:
             raise UsageError(f"unknown flag {flag}{_suggestion(flag, flags)}", see=f"{own.prog} --help")
-    args = parser.parse_args(argv)
+    args, left = parser.parse_known_args(argv)
+    if left:
+        raise UsageError(f"unexpected {' '.join(left)[:100]!r}", see=f"{own.prog} --help")
     if args.command is None:
         raise UsageError(f"a command is needed: {', '.join(commands)}", see="goslet --help")
     return args

@@ -51,6 +51,14 @@ from .output import check_output as check_output
 
 ALIGNMENT_BYTES = 4096
 MAGIC_BYTES = 8
+# What people give by mistake.
+_OTHERS = {
+    b"PK": "a checkpoint (.pth) or another zip file",
+    b"GGUF": "a GGUF checkpoint",
+    b"\x89GOSL": "a goslet engine file",
+    b"GOSLETST": "a goslet state file",
+    b"GOSLPLAN": "a goslet TensorRT plan",
+}
 MAX_HEADER_BYTES = 64 << 20
 MAX_HEADER_VALUES = 1 << 20
 MAX_SECTION_BYTES = 1 << 48
@@ -428,7 +436,11 @@ def _check_prefix(prefix: bytes, file_bytes: int, magic: bytes, version: int, ki
                 "was changed as if it were text", file=shown, place="magic", remedy="copy it again as binary"
             )
         raise WrongMagicError(
-            f"is not a goslet {kind}", file=shown, place="magic", expected=magic.hex(" "), found=start.hex(" ")
+            f"is not a goslet {kind}",
+            file=shown,
+            place="magic",
+            expected=magic.hex(" "),
+            found=start.hex(" ") + next((f", {what}" for form, what in _OTHERS.items() if start.startswith(form)), ""),
         )
     if len(prefix) < _PREFIX.size:
         raise TruncatedError(

@@ -36,7 +36,7 @@ SUMMARY = "talk with a model, line by line"
 USER, ASSISTANT = "User:", "Assistant:"
 HELP = """\
 /reset      forget the conversation
-/save FILE  save it as a state
+/save FILE  save it as a state, replacing one that is there
 /load FILE  go on from a saved state
 /help       show this
 /quit       leave (or Ctrl-D); Ctrl-C stops a reply"""
@@ -157,6 +157,9 @@ class _Chat:
             self._session.load(argument)
             self._console.note(f"going on from {argument}, {self._session.tokens_seen} tokens in")
         else:
+            if name != "/help":
+                problem = "needs a FILE" if name in ("/save", "/load") else "is no command as it stands"
+                print(f"goslet: {name} {problem}", file=sys.stderr, flush=True)
             print(HELP, file=sys.stderr, flush=True)
         return True
 

@@ -54,16 +54,17 @@ def execute(args: argparse.Namespace, console: Console) -> int:
 
 def show_report(report: VerifyReport, console: Console) -> None:
     """Write a report as lines for people."""
-    what = "tokens of text" if report.text else "random tokens"
-    console.line(
-        f"backend {report.backend} over {report.n_tokens} {what}, errors as parts of range (of norm for weights):"
-    )
+    if report.checks:
+        what = "tokens of text" if report.text else "random tokens"
+        console.line(
+            f"backend {report.backend} over {report.n_tokens} {what}, errors as parts of range (of norm for weights):"
+        )
     width = max((len(check.name) for check in report.checks), default=0)
     for check in report.checks:
         verdict = "right" if check.passed else "WRONG"
         console.line(f"  {check.name:<{width}}  {check.value:.2e} (limit {check.limit:.2e})  {verdict}")
     if report.differences:
-        console.line(f"  the engine was not made from this checkpoint: another {', '.join(report.differences)}  WRONG")
+        console.line(f"the engine was not made from this checkpoint; different: {', '.join(report.differences)}")
     if report.divergence:
         found = report.divergence
         console.line("against the checkpoint's own weights (reported, not judged):")

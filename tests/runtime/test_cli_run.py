@@ -241,6 +241,8 @@ def test_chat_works_piped(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
     assert "goslet: the conversation is forgotten" in notes
     assert any(line.startswith(f"goslet: going on from {state}, ") for line in notes)
     assert outcome.err.count(chat.HELP) == 2
+    assert "goslet: /nonsense is no command as it stands" in notes
+    assert "goslet: /load needs a FILE" in notes
     with goslet.open(tiny_engine) as engine:
         session = engine.session()
         prompt = "User: hello\n\nAssistant:"

@@ -492,3 +492,13 @@ def test_a_tensors_name_is_a_file_name(name: str, tmp_path: Path) -> None:
     source = sources()[0]._replace(name=name)
     with pytest.raises(InputError):
         write(tmp_path / "m.goslet", tensors=[source])
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [(b"PK\x03\x04", "a checkpoint"), (b"GGUF\x03\0\0\0", "a GGUF"), (b"GOSLPLAN", "a goslet TensorRT plan")],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(start: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(start + bytes(100))
+    with pytest.raises(WrongMagicError, match=words):
+        EngineFile.open(tmp_path / "x")
