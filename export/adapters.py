@@ -83,7 +83,7 @@ def read_adapter(path: str | os.PathLike[str] | None, alpha: float | None) -> Ad
     if not tensors:
         raise CheckpointError("holds no tensor", file=path, expected="an adapter")
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or not torch.isfinite(tensor).all():
+        if not tensor.dtype.is_floating_point or not torch.isfinite(tensor.float()).all():
             raise TensorValueError("is not finite numbers", file=path, place=name[:100], found=str(tensor.dtype))
     has_lora = any(name.endswith(_LORA) for name in tensors)
     if has_lora and alpha is None:
@@ -117,13 +117,15 @@ def merged(model: StoredModel, adapter: Adapter) -> StoredModel:
             remedy="export it by itself",
         )
     tensors = dict(model.tensors)
-    for name, tensor in adapter.tensors.items():
+    # Whole tensors first: a change of one that is there too is a change of what took the model's place.
+    for name, tensor in sorted(adapter.tensors.items(), key=lambda item: item[0].endswith((*_LORA, *_BLOCKS))):
         stem, dot, kind = name.rpartition(".")
         suffix = dot + kind
         if suffix == _LORA[1] and stem + _LORA[0] in adapter.tensors:
             continue  # merged with its other half
         target = stem + ".weight" if suffix in (*_LORA, *_BLOCKS) else name
-        if target not in tensors and not name.endswith(TIME_STATE):
+        known = f"{name.removesuffix(TIME_STATE)}.ln1.weight" if name.endswith(TIME_STATE) else target
+        if known not in tensors:
             raise ExtraTensorError(
                 "the adapter changes a tensor that the model does not have",
                 file=adapter.path,
@@ -187,8 +189,8 @@ def _blocks(adapter: Adapter, name: str, base: StoredTensor) -> Merge:
     if change.ndim == 2 and change.shape[0] and change.shape[1] == n_out:
         places = torch.arange(n_in) % change.shape[0]
         return lambda weight: weight + change[places].T
-    size = change.shape[-1]
-    fits = change.ndim == 3 and size and tuple(change.shape) == (n_in / size, size, size) and n_out % size == 0
+    size = change.shape[-1] if change.ndim == 3 else 0
+    fits = size and tuple(change.shape) == (n_in / size, size, size) and n_out % size == 0
     if not fits:
         raise _misfit(
             adapter, name, f"[rank, {n_out}], or [{n_in} / rank, rank, rank] with a rank that divides {n_out}"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..chat import ChatTemplate, chat_template
+from ..chat import BUILT_IN, ChatTemplate, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output
@@ -112,7 +112,13 @@ def export_engine(
         check_output(output, overwrite)
     vocabulary_file = None if tokenizer in TOKENIZER_NAMES else tokenizer
     _check_apart(
-        {"the checkpoint": checkpoint, "the tokenizer": vocabulary_file, "the state": state, "the adapter": adapter},
+        {
+            "the checkpoint": checkpoint,
+            "the tokenizer": vocabulary_file,
+            "the state": state,
+            "the adapter": adapter,
+            "the chat template": None if chat == "none" or chat in BUILT_IN else chat,
+        },
         outputs,
     )
     if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
@@ -177,6 +183,9 @@ def _check_apart(inputs: Mapping[str, str | os.PathLike[str] | None], outputs: l
     taken = {os.path.realpath(path): what for what, path in inputs.items() if path is not None}
     for output in outputs:
         real = os.path.realpath(output)
+        folder = os.path.dirname(real)
+        if folder in taken and os.path.exists(real):
+            raise OutputError(f"is part of {taken[folder]}", file=output, remedy="choose another name")
         if real in taken:
             raise OutputError(f"is also {taken[real]}", file=output, remedy="choose another name")
         taken[real] = "the engine"

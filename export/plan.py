@@ -27,8 +27,8 @@ from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
 from ..errors import BackendError, DependencyError, InputError, OutputError
 from ..machine import gpu
-from ..output import check_output
-from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanKey, write_plan
+from ..output import check_output, output_error
+from ..planfile import INSTALL, PACKAGES, RUNNABLE_TARGETS, PlanKey, beside, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
 from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
 
@@ -36,10 +36,6 @@ ELSEWHERE = ("orin", "thor")
 TARGETS = (*RUNNABLE_TARGETS, *ELSEWHERE)
 MAX_BATCH = 256
 _RUNTIMES = {"local": "tensorrt", "rtx": "tensorrt_rtx"}
-_INSTALL = {
-    "local": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
-    "rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
-}
 _EXTERNAL_ALIGNMENT = 4096
 
 Progress = Callable[[str, int, int], None]
@@ -110,8 +106,11 @@ def build_plan(
     form = weights or ("qdq" if plain else "plugin")
     elsewhere = target in ELSEWHERE
     source = Path(engine)
-    path = source.with_suffix(f".{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
-    check_output(path, overwrite)
+    path = beside(source, f"{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
+    for made in (path, _data_path(path)) if elsewhere else (path,):
+        check_output(made, overwrite)
+        if os.path.realpath(made) == os.path.realpath(source):
+            raise OutputError("is also the engine", file=made, remedy="choose another name")
     if not elsewhere:
         module = _module(target)
         if not plain:
@@ -121,7 +120,10 @@ def build_plan(
         n_plugin_nodes, in_place = len(plugin_nodes(lowered.model)), in_place_states(lowered.model)
         with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
             graph_file = Path(folder) / "model.onnx"
-            _save(lowered, graph_file, path.name if elsewhere else graph_file.name)
+            try:
+                _save(lowered, graph_file, path.name if elsewhere else graph_file.name)
+            except OSError as error:
+                raise output_error(error, path) from error
             if elsewhere:
                 size_bytes = _publish(Path(folder), path)
                 command = _trtexec(path, plugin, plain)
@@ -181,7 +183,7 @@ def _module(target: str) -> str:
         if importlib.util.find_spec(name) is not None:
             return name
     raise DependencyError(
-        f"{_RUNTIMES[target]} is not installed, which builds plans for {target}", remedy=_INSTALL[target]
+        f"{_RUNTIMES[target]} is not installed, which builds plans for {target}", remedy=INSTALL[_RUNTIMES[target]]
     )
 
 
@@ -203,14 +205,18 @@ def _save(lowered: Lowered, path: Path, published_as: str) -> None:
 
 def _publish(folder: Path, path: Path) -> int:
     """Move a model and its weights to where they are wanted, the weights first; returns their size in bytes."""
-    data = path.with_name(f"{path.name}.data")
+    data = _data_path(path)
     size_bytes = sum(file.stat().st_size for file in folder.iterdir())
     try:
-        os.replace(folder / data.name, data)
-        os.replace(folder / "model.onnx", path)
+        os.replace(folder / data.name, os.path.realpath(data))
+        os.replace(folder / "model.onnx", os.path.realpath(path))
     except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", file=path) from error
+        raise output_error(error, path) from error
     return size_bytes
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
 
 
 def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool) -> str:
@@ -230,7 +236,9 @@ def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str,
         if request["module"].startswith("tensorrt_rtx") and libraries is not None:
             links = stack.enter_context(tempfile.TemporaryDirectory())
             folders = [links, *_link_libraries(Path(links), libraries)]
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, environment.get("LD_LIBRARY_PATH", "")])
+            # Without an empty part, which would be the current folder.
+            known = filter(None, environment.get("LD_LIBRARY_PATH", "").split(os.pathsep))
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, *known])
         # A file, since a pipe that nobody reads before the end may fill up.
         errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         process = stack.enter_context(

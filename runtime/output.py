@@ -57,7 +57,7 @@ def _resolve_output(path: Path, overwrite: bool) -> str:
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise _output_error(error, shown) from error
+        raise output_error(error, shown) from error
     return target
 
 
@@ -65,7 +65,8 @@ def _raise_exists(shown: str) -> NoReturn:
     raise OutputError("exists already", file=shown, remedy="choose another name, or overwrite it (--force)")
 
 
-def _output_error(error: OSError, shown: str) -> OutputError:
+def output_error(error: OSError, shown: Path) -> OutputError:
+    """What an operating system's error says of an output."""
     folder = os.path.dirname(os.path.abspath(shown))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError("the disk is full", file=shown, remedy="free some space or choose another folder")
@@ -101,7 +102,7 @@ class _OutputFile(io.FileIO):
         try:
             return super().write(view)
         except OSError as error:
-            raise _output_error(error, self._shown) from error
+            raise output_error(error, self._shown) from error
 
 
 @contextlib.contextmanager
@@ -132,7 +133,7 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
                 with contextlib.suppress(FileNotFoundError):
                     os.chmod(hidden, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
         except OSError as error:
-            raise _output_error(error, shown) from error
+            raise output_error(error, shown) from error
         file = io.BufferedWriter(raw, _WRITE_BUFFER_BYTES)
         yield file
         file.flush()
@@ -141,7 +142,7 @@ def atomic_write(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
             raw.close()
             _rename(hidden, target, overwrite, shown)
         except OSError as error:
-            raise _output_error(error, shown) from error
+            raise output_error(error, shown) from error
     finally:
         if raw is not None:
             with contextlib.suppress(OSError):

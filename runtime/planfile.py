@@ -23,6 +23,10 @@ PLAN_KIND = "TensorRT plan"
 # Where a plan of an engine is looked for, the best first: made for this very GPU, or for any of a family.
 RUNNABLE_TARGETS = ("local", "rtx")
 PRECISIONS = ("f16", "bf16")
+INSTALL = {
+    "tensorrt": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
+    "tensorrt_rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
+}
 PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 
 
@@ -89,7 +93,12 @@ class PlanKey:
 
 def plan_path(engine: Path, target: str) -> Path:
     """Where a plan for `target` lies that was made of an engine."""
-    return engine.with_suffix(f".{target}.plan")
+    return beside(engine, f"{target}.plan")
+
+
+def beside(engine: Path, ending: str) -> Path:
+    """The path of something made of an engine: its name without ``.goslet``, and an ending."""
+    return engine.with_name(f"{engine.name.removesuffix('.goslet')}.{ending}")
 
 
 def write_plan(path: Path, key: PlanKey, in_place: Sequence[str], plan: Buffer, *, overwrite: bool) -> None:
@@ -151,6 +160,12 @@ class PlanFile:
         self.plan.release()
         self._container.close()
 
+    def _again(self) -> str:
+        """The command that builds such a plan."""
+        words = ["goslet plan ENGINE --target", self.key.target[:20], "--precision", self.key.precision]
+        words += ["--weights", self.key.weights[:20]] if self.key.plugin_version else ["--plain"]
+        return " ".join([*words, "--force"])
+
     def check(self, **expected: object) -> None:
         """Hold fields of the key to what there is here; an empty device or capability in the file fits any.
 
@@ -165,7 +180,7 @@ class PlanFile:
                     file=self.path,
                     expected=str(wanted)[:80],
                     found=str(found)[:80],
-                    remedy=f"build it here: goslet plan ENGINE --target {self.key.target[:20]} --force",
+                    remedy=f"build it here: {self._again()}",
                 )
 
 

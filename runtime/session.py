@@ -219,7 +219,7 @@ class Engine:
     def step_batch(
         self, sessions: Sequence[Session], tokens: Sequence[int] | NDArray[np.integer[Any]]
     ) -> NDArray[np.float32]:
-        """Feed several sessions one token each, which costs much less than feeding them one after another.
+        """Feed several sessions one token each; the native backend reads the weights once for all of them.
 
         Whenever this raises an error of goslet's, no session has moved. An interrupted call (Ctrl-C) leaves every
         session's state whole, and its `tokens_seen` tells whether it has moved.

@@ -8,6 +8,7 @@ little-endian float32, without gaps.
 from __future__ import annotations
 
 import abc
+import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
@@ -70,7 +71,7 @@ class State:
     state in place reads `front`, writes `back` and calls `advance`, which exchanges the two and moves nothing.
 
     Where a backend moves the state on in other memory, `front` and whatever reads the state bring it here first, and
-    the next step takes it back. A view that was taken before that step stays what it was.
+    the next step takes it back. A view that was taken before that step stays what it was until the state is read again.
 
     Every buffer carries its own token count behind its tensors, and one index says which buffer is the front. So each
     change of a state is one assignment or one call of native code, and an exception that falls anywhere (Ctrl-C)
@@ -97,6 +98,8 @@ class State:
         self._counts = [_count_view(spec, buffer) for buffer in self._buffers]
         self._front = 0
         self._elsewhere: Elsewhere | None = None
+        # Between the front buffer and what is elsewhere one copy at a time; a signal handler may make one within one.
+        self._moving = threading.RLock()
         if fresh is not None:
             self._buffers[0].copy_from(fresh)
 
@@ -144,9 +147,13 @@ class State:
 
     def _bring_here(self) -> None:
         elsewhere = self._elsewhere
-        if elsewhere is not None and elsewhere.ahead:
+        if elsewhere is None or not elsewhere.ahead:
+            return
+        with self._moving:
             # Read before the copy: a step that another thread makes meanwhile then still counts as one to fetch.
             steps = elsewhere.steps
+            if steps == elsewhere.steps_fetched:
+                return  # while this waited, another thread fetched it or gave the state other numbers
             staged = _allocate(self.spec)
             elsewhere.fetch(_views(self.spec, staged), _count_view(self.spec, staged))
             self._buffers[self._front].copy_from(staged)
@@ -155,10 +162,10 @@ class State:
     def _take_over(self, buffer: StateBuffer) -> None:
         """Let the front buffer, a copy of `buffer`, be the state, whatever is elsewhere."""
         elsewhere = self._elsewhere
-        steps = 0 if elsewhere is None else elsewhere.steps
-        self._buffers[self._front].copy_from(buffer)
-        if elsewhere is not None:
-            elsewhere.steps_fetched = steps
+        with self._moving:
+            self._buffers[self._front].copy_from(buffer)
+            if elsewhere is not None:
+                elsewhere.steps_fetched = elsewhere.steps
 
     def _back_index(self) -> int:
         if not self.double_buffered:

@@ -51,8 +51,8 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     name = "blocks.0.att.time_decay"
     decay = squeezed(shapes[name])
     by_channel = len(decay) > 1
-    n_head = decay[0]
-    if n_embd % n_head or (by_channel and decay != (n_head, n_embd // n_head)):
+    n_head = decay[0] if decay else 0
+    if not n_head or n_embd % n_head or (by_channel and decay != (n_head, n_embd // n_head)):
         raise CheckpointError(
             "heads do not make up the width",
             place=name,

@@ -38,7 +38,7 @@ _TURNED = {
     "rwkv7": {f"{letter}{part}": f"{letter}{part}" for letter in "wavg" for part in "12"},
 }
 _SHARES = {"rwkv6": "time_maa_", "rwkv7": "x_"}
-_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)", re.ASCII)
+_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,12 @@ def read_gguf(path: Path) -> StoredModel:
     for item in reader.tensors:
         stored = _GgufTensor(item.data, item.tensor_type, tuple(int(size) for size in reversed(item.shape.tolist())))
         try:
-            tensors.update(_renamed(item.name, stored, architecture, head_size, rescale))
+            for name, renamed in _renamed(item.name, stored, architecture, head_size, rescale):
+                if name in tensors:
+                    raise CheckpointError(
+                        "two tensors stand for one", file=path, place=item.name[:100], found=name[:100]
+                    )
+                tensors[name] = renamed
         except TensorShapeError as error:
             raise TensorShapeError(
                 error.problem, file=path, place=item.name[:100], expected=error.expected, found=error.found
@@ -169,7 +174,7 @@ def _renamed(
             f"{block}.att.time_maa_w2",
             ConvertedTensor(stored, (n, rank, width), lambda tensor: tensor.permute(0, 2, 1)),
         )
-    elif architecture == "rwkv7" and inner == "r_k" and stored.shape[-1] % head_size == 0:
+    elif architecture == "rwkv7" and inner == "r_k" and stored.shape and stored.shape[-1] % head_size == 0:
         heads = (stored.shape[-1] // head_size, head_size)
         yield f"{block}.att.r_k", ConvertedTensor(stored, heads, lambda tensor: tensor)
     elif part.startswith("time_mix_") and inner in _PLAIN[architecture]:

@@ -20,6 +20,7 @@ from .rwkv_file import load_pth, load_safetensors
 from .stored import FloatTensor, StoredModel, StoredTensor
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MAX_HEAD_SIZE = 1 << 16
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _VOCABULARIES = ("rwkv_vocab_v20230424.txt", "rwkv_vocab.txt", "tokenizer.json")
 
@@ -73,6 +74,15 @@ def read_folder(path: Path) -> StoredModel:
             if own_name in tensors:
                 raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own_name)
             tensors[own_name] = stored
+    told, bonus = config.get("head_dim", 64), tensors.get("blocks.0.att.r_k")
+    if kind == "rwkv7" and bonus is not None and len(bonus.shape) == 2 and bonus.shape[1] != told:
+        raise CheckpointError(
+            "states another size of heads than the tensors have",
+            file=path / "config.json",
+            place="head_dim",
+            expected=bonus.shape[1],
+            found=str(told)[:40],
+        )
     vocabulary = next((path / name for name in _VOCABULARIES if (path / name).is_file()), None)
     return StoredModel("hf", tensors, _norm_eps(config, path) if kind == "rwkv7" else None, vocabulary)
 
@@ -82,7 +92,7 @@ def _read_json(path: Path, purpose: str) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=path, remedy=purpose) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not JSON: {error}", file=path) from None
     if not isinstance(value, dict):
         raise CheckpointError("is not a JSON object", file=path, found=type(value).__name__)
@@ -92,7 +102,9 @@ def _read_json(path: Path, purpose: str) -> Mapping[str, Any]:
 def _norm_eps(config: Mapping[str, Any], path: Path) -> float | None:
     """fla's eps is that of every LayerNorm, and times the head's size that of the norm by head."""
     eps, head_size = config.get("norm_eps", LAYER_NORM_EPS), config.get("head_dim", 64)
-    numbers = isinstance(eps, float) and math.isfinite(eps) and type(head_size) is int and head_size > 0
+    numbers = (
+        isinstance(eps, float) and math.isfinite(eps) and type(head_size) is int and 0 < head_size <= _MAX_HEAD_SIZE
+    )
     if not numbers or eps != LAYER_NORM_EPS:
         raise CheckpointError(
             "has another eps than RWKV's LayerNorms",

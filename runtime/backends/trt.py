@@ -12,9 +12,9 @@ States that one of our plugins updates have one address for input and output; th
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, BackendUnavailableError, DependencyError, first_line
 from ..machine import gpu
-from ..planfile import PACKAGES, RUNNABLE_TARGETS, PlanFile, plan_path
+from ..planfile import INSTALL, PACKAGES, RUNNABLE_TARGETS, PlanFile, plan_path
 from ..spec import EMBEDDING, StateSpec
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
 from ..trt_plugin import find_plugin, plugin_version
@@ -140,7 +140,7 @@ class TrtBackend(Backend):
         own = cast("Sequence[_TrtStepper]", steppers)
         if len(own) > 1:
             for stepper in own:
-                stepper.come_here()
+                stepper.remember()
         for row, stepper in enumerate(own):
             try:
                 stepper.feed(tokens[row : row + 1], logits[row : row + 1])
@@ -202,7 +202,7 @@ class _TrtStepper(Stepper, Elsewhere):
             for tensor in state.spec.tensors
         }
         self._host_count = self._host_pool[layout.count_offset :][:_COUNT_BYTES].view(np.int64)
-        self._fetching = threading.RLock()  # a signal handler may fetch within a fetch: both give the same state
+        self._remembered: DeviceMemory | None = None
         self._copies: list[tuple[int, int, int]] = []  # from the spare memory to the pool: target, source, bytes
         self._bind(apart)
         self._graph = self._capture()
@@ -293,24 +293,43 @@ class _TrtStepper(Stepper, Elsewhere):
         return int(self._seen_count[0])
 
     def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:
-        with self._fetching:
-            try:
-                self._driver.activate()
-                self._stream.to_host(self._pinned.address, self._pool.address, self._layout.size_bytes)
-                self._stream.synchronize()
-            except CudaError as error:
-                raise self._lost(error) from error
-            for name, view in tensors.items():
-                view[...] = self._host_views[name]
-            count[0] = self._host_count[0]
+        try:
+            self._driver.activate()
+            self._stream.to_host(self._pinned.address, self._pool.address, self._layout.size_bytes)
+            self._stream.synchronize()
+        except CudaError as error:
+            raise self._lost(error) from error
+        for name, view in tensors.items():
+            view[...] = self._host_views[name]
+        count[0] = self._host_count[0]
 
-    def come_here(self) -> None:
-        """Let the host hold the state, so that `go_back` can."""
-        _ = self._state.front
+    def remember(self) -> None:
+        """Keep a copy of the state on the device, for `go_back`.
+
+        Raises:
+            BackendError: the device's memory is short, or the device failed.
+        """
+        try:
+            self._driver.activate()
+            if not self.ahead:
+                self._upload()
+                self.steps += 1
+            if self._remembered is None:
+                self._remembered = DeviceMemory(self._driver, self._layout.size_bytes)
+            self._stream.on_device(self._remembered.address, self._pool.address, self._layout.size_bytes)
+        except CudaError as error:
+            raise self._failed(error, "this batch") from error
 
     def go_back(self) -> None:
-        """Let the state be what `come_here` brought."""
-        self.steps_fetched = self.steps
+        """Let the state be the one that `remember` kept."""
+        assert self._remembered is not None
+        count_offset = self._layout.count_offset
+        with contextlib.suppress(CudaError):  # a device that fails now has its own end, at the next use
+            self._stream.on_device(self._pool.address, self._remembered.address, self._layout.size_bytes)
+            self._stream.to_host(
+                self._pinned.address + self._offset(self._seen_count), self._pool.address + count_offset, _COUNT_BYTES
+            )
+            self._stream.synchronize()
 
     def _failed(self, error: CudaError, place: str) -> BackendError:
         try:
@@ -363,7 +382,7 @@ def _import(runtime: str, plan: Path) -> Any:
     raise DependencyError(
         f"the plan needs the Python package {runtime[:40]}, which is not installed",
         file=plan,
-        remedy="pip install tensorrt, or on a Jetson: apt install python3-libnvinfer; or use backend native",
+        remedy=f"{INSTALL.get(runtime, 'build the plan again')}; or use backend native",
     )
 
 

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who multiplies with 4-bit and 8-bit weights: TensorRT or our kernels (default: ours, unless --plain)",
     )
     parser.add_argument(
-        "--batch", type=whole_number(1), default=1, metavar="N", help="sessions in one step (default: %(default)s)"
+        "--batch",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="sessions in one step (default: %(default)s, which is what goslet runs)",
     )
     parser.add_argument("--optimization-level", type=whole_number(0), metavar="L", help="TensorRT's own, 0 to 5")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")

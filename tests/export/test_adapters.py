@@ -165,6 +165,13 @@ BAD: dict[str, tuple[Tensors, float | None, type[GosletError], str]] = {
     "a LoRA without alpha": (LORA, None, InputError, "lora_alpha"),
     "alpha for bone": ({f"{KEY}.bone": normal(8, 192)}, ALPHA, InputError, "LoRA"),
     "bone of another width": ({f"{KEY}.bone": normal(8, 48)}, None, TensorShapeError, "does not fit"),
+    "bone that is one number": ({f"{KEY}.bone": torch.ones(())}, None, TensorShapeError, "does not fit"),
+    "a state of a layer that is not there": (
+        {"blocks.99.att.time_state": normal(3, 16, 16)},
+        None,
+        ExtraTensorError,
+        r"adapter\.pth.*does not have",
+    ),
     "bat whose blocks do not fit": ({f"{KEY}.bone": normal(3, 15, 15)}, None, TensorShapeError, "does not fit"),
     "bat with too few blocks": ({f"{KEY}.bone": normal(2, 16, 16)}, None, TensorShapeError, "does not fit"),
     "a vector's bone": ({"blocks.0.ln1.bone": normal(8, 48)}, None, TensorShapeError, "matrix"),
@@ -204,3 +211,18 @@ def test_alpha_alone_and_files_that_are_not_there(tmp_path: Path) -> None:
     for alpha in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="positive"):
             read_adapter(tmp_path / "x.pth", alpha)
+
+
+def test_a_lora_beside_the_whole_tensor_changes_that_tensor_in_any_order(tmp_path: Path) -> None:
+    whole = normal(192, 48, seed=5)
+    parts = {f"{KEY}.weight": whole, **LORA}
+    expected = whole + ALPHA / 4 * LORA[f"{KEY}.lora_B"] @ LORA[f"{KEY}.lora_A"]
+    for order in (parts, dict(reversed(parts.items()))):
+        assert (merged_weight(tmp_path, order, ALPHA) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_in_eight_bits_is_read(tmp_path: Path) -> None:
+    change = normal(8, 192).to(torch.float8_e4m3fn)
+    found = merged_weight(tmp_path, {f"{KEY}.bone": change}, None)
+    expected = SEVEN[f"{KEY}.weight"].float() + change.float()[torch.arange(48) % 8].T
+    assert torch.equal(found, expected)

@@ -273,8 +273,18 @@ def test_nothing_that_is_read_is_written_over(one_layer: Path, tmp_path: Path) -
     vocabulary.write_text("{}")
     with pytest.raises(OutputError, match="is also the tokenizer"):
         export_engine(one_layer, vocabulary, tokenizer=vocabulary, overwrite=True)
+    template = tmp_path / "chat.json"
+    template.write_text("{}")
+    with pytest.raises(OutputError, match="is also the chat template"):
+        export_engine(one_layer, template, chat=template, overwrite=True)
+    (tmp_path / "folder").mkdir()
+    shard = tmp_path / "folder" / "model.safetensors"
+    shard.write_text("weights")
+    with pytest.raises(OutputError, match="is part of the checkpoint"):
+        export_engine(tmp_path / "folder", shard, overwrite=True)
     assert one_layer.read_bytes() == before
-    assert vocabulary.read_text() == "{}"
+    assert vocabulary.read_text() == template.read_text() == "{}"
+    assert shard.read_text() == "weights"
     assert not (tmp_path / "x.goslet").exists()
 
 

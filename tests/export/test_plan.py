@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -293,6 +294,51 @@ def test_the_command_writes_onnx_and_a_line_for_a_jetson(
     products = [node for node in onnx.load("my model.onnx").graph.node if node.op_type == "GosletProduct"]
     assert {attribute.i for node in products for attribute in node.attribute if attribute.name == "bits"} == {8}
     assert sorted(os.listdir()) == ["my model.onnx", "my model.onnx.data"]
+
+
+def test_a_plan_replaces_neither_its_engine_nor_a_file_that_is_there(
+    engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "rwkv7-0.1B"
+    engine.write_bytes(engines("7", "int4").read_bytes())
+    for target in ("orin", "local"):
+        with pytest.raises(OutputError, match="is also the engine"):
+            plan.build_plan(engine, target=target, plain=True, output=engine, overwrite=True)
+    data = tmp_path / "rwkv7-0.1B.orin.onnx.data"  # after the whole name: 0.1B and 0.4B are two models
+    data.write_text("precious")
+    with pytest.raises(OutputError, match="exists already"):
+        plan.build_plan(engine, target="orin")
+    assert data.read_text() == "precious"
+    plan.build_plan(engine, target="orin", overwrite=True)
+    assert data.stat().st_size > 1000
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plan, "_save", full)
+    with pytest.raises(OutputError, match=r"x\.onnx: the disk is full"):
+        plan.build_plan(engine, target="orin", output=tmp_path / "x.onnx")
+    assert sorted(os.listdir(tmp_path)) == [engine.name, "rwkv7-0.1B.orin.onnx", data.name]
+
+
+@needs_rtx
+def test_the_builder_looks_for_no_library_in_the_current_folder(
+    engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "builder" / "trt_builder.py"
+    script.parent.mkdir()
+    script.write_text("import json, os; print(json.dumps({'error': os.environ['LD_LIBRARY_PATH']}))")
+    monkeypatch.setattr(plan, "__file__", str(script.with_name("plan.py")))
+    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt_rtx": ("tensorrt_rtx_bindings",)})
+    for known in (None, "", ":/opt/somewhere:"):
+        monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+        if known is not None:
+            monkeypatch.setenv("LD_LIBRARY_PATH", known)
+        with pytest.raises(BackendError) as caught:
+            plan.build_plan(engines("7", "int4"), target="rtx", plain=True, output=tmp_path / "x.plan")
+        parts = str(caught.value).partition("TensorRT: ")[2].partition(";")[0].split(":")
+        assert all(part.startswith("/") for part in parts), parts
+        assert ("/opt/somewhere" in parts) == bool(known)
 
 
 def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

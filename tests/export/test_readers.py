@@ -241,6 +241,13 @@ def test_the_norms_eps_of_a_folder_is_in_parts_of_the_heads_size(tmp_path: Path)
         assert source.spec.norm_eps == 32e-5
     with open_checkpoint(tmp_path / "folder", norm_eps=64e-5) as source:
         assert source.spec.norm_eps == 64e-5
+    config = tmp_path / "folder" / "config.json"
+    right = config.read_text()
+    for wrong in ("64", "1" + 400 * "0"):
+        config.write_text(right.replace('"head_dim": 32', f'"head_dim": {wrong}'))
+        assert "head_dim" in str(refusal(tmp_path / "folder"))
+    config.write_text(100_000 * "[")
+    assert "is not JSON" in str(refusal(tmp_path / "folder"))
 
 
 def test_a_folders_vocabulary_is_taken(seven: Path, shared_data: Path, tmp_path: Path) -> None:
@@ -346,6 +353,23 @@ def test_gguf_files_of_something_else(seven: Path, tmp_path: Path) -> None:
         write_gguf(seven, path, "F32")
         patched(path, old, new)
         assert said in str(refusal(path))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"), [("blocks.0.ln1.weight", "two tensors stand for one"), ("blk.00.attn_norm.weight", "blk.00")]
+)
+def test_a_gguf_tensor_that_is_there_twice(extra: str, said: str, seven: Path, tmp_path: Path) -> None:
+    write_gguf(seven, tmp_path / "plain.gguf", "F32")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "rwkv7")
+    writer.add_wkv_head_size(64)
+    for item in gguf.GGUFReader(tmp_path / "plain.gguf").tensors:
+        writer.add_tensor(item.name, np.array(item.data))
+    writer.add_tensor(extra, np.ones(128, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert said in str(refusal(tmp_path / "x.gguf"))
 
 
 def test_gguf_files_that_are_damaged(seven: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class FakeCuda:
         self.capturing: dict[int, list[Work]] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.calls: list[str] = []
+        self.before: dict[str, Callable[[], object]] = {}  # a function: what happens before its next call
         self.fail: dict[str, tuple[int, int]] = {}  # a function: how many calls of it go well before one fails, and how
         self.dead = 0  # the code that everything returns since the device failed
         self._threads = threading.local()
@@ -60,6 +61,8 @@ class FakeCuda:
 
         def call(*arguments: Any) -> int:
             self.calls.append(name)
+            if name in self.before:
+                self.before.pop(name)()
             if self.dead and name != "cuGetErrorName":
                 return self.dead
             if name in self.fail:

@@ -412,3 +412,140 @@ def test_a_machine_without_any_of_it(path: Path) -> None:
     with pytest.raises((DependencyError, BackendUnavailableError)) as caught:
         goslet.open(path, backend="trt")
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------- what falls between two calls of the driver
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted_after_launch(session: goslet.Session, cuda: FakeCuda, token: int) -> None:
+    """Feed a token whose step is on the stream, and not yet run, when Ctrl-C falls."""
+
+    def before_launch() -> None:
+        cuda.before["cuStreamSynchronize"] = _interrupt
+
+    cuda.before["cuGraphLaunch"] = before_launch
+    with pytest.raises(KeyboardInterrupt):
+        session.feed([token])
+    assert not cuda.before
+
+
+def test_a_step_that_was_not_waited_for_is_whole(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    """The next step must not write where it still reads, nor the next state where it still writes."""
+    session, alone = engine.session(), engine.session()
+    session.feed([5])
+    _interrupted_after_launch(session, machine[0], 6)
+    assert session.tokens_seen == 2
+    np.testing.assert_array_equal(session.feed([7]), alone.feed([5, 6, 7]))
+    _interrupted_after_launch(session, machine[0], 8)
+    np.testing.assert_array_equal(session.feed([9]), alone.feed([8, 9]))
+    _interrupted_after_launch(session, machine[0], 8)
+    session.reset()
+    alone.reset()
+    np.testing.assert_array_equal(session.feed([1]), alone.feed([1]))
+    assert session.tokens_seen == 1
+
+
+def test_a_state_that_is_read_just_before_a_launch_is_fetched_again(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    """As another thread may read it; the step that follows must not be forgotten."""
+    session, alone = engine.session(), engine.session()
+    session.feed([5])
+    machine[0].before["cuGraphLaunch"] = lambda: session.state.front
+    session.feed([6])
+    alone.feed([5, 6])
+    for name, view in alone.state.front.items():
+        np.testing.assert_array_equal(session.state.front[name], view)
+    np.testing.assert_array_equal(session.feed([7]), alone.feed([7]))
+
+
+def test_a_step_after_a_fetch_and_before_its_end_is_fetched_again(
+    engine: goslet.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, alone = engine.session(), engine.session()
+    session.feed([5])
+    stepper = session._stepper
+    fetch = stepper.fetch  # type: ignore[attr-defined]
+
+    def fetch_then_step(*arguments: Any) -> None:
+        fetch(*arguments)
+        monkeypatch.setattr(stepper, "fetch", fetch)
+        thread = threading.Thread(target=session.feed, args=([6],))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(stepper, "fetch", fetch_then_step)
+    _ = session.state.front
+    alone.feed([5, 6])
+    for name, view in alone.state.front.items():
+        np.testing.assert_array_equal(session.state.front[name], view)
+
+
+def test_a_fetch_that_fails_half_way_changes_nothing(engine: goslet.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = engine.session()
+    session.feed([5])
+    expected = states(session)
+    session.feed([6])
+    stepper = session._stepper
+
+    def half(tensors: Any, count: Any) -> None:
+        tensors["0.wkv"][...] = 9.0
+        raise BackendError("the device failed")
+
+    monkeypatch.setattr(stepper, "fetch", half)
+    with pytest.raises(BackendError):
+        _ = session.state.front
+    stepper.steps_fetched = stepper.steps  # type: ignore[attr-defined]
+    for name, view in session.state.front.items():
+        np.testing.assert_array_equal(view, expected[name])
+
+
+@pytest.mark.parametrize("change", ["reset", "load"])
+def test_a_slow_reader_does_not_undo_a_change(
+    change: str, engine: goslet.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that has fetched the state and stands still while another one gives the session a new one."""
+    session = engine.session()
+    session.feed([9])
+    session.save(tmp_path / "one.state")
+    session.feed([5, 6])
+    stepper = session._stepper
+    fetch = stepper.fetch  # type: ignore[attr-defined]
+    fetched, go_on = threading.Event(), threading.Event()
+
+    def slow_fetch(*arguments: Any) -> None:
+        fetch(*arguments)
+        fetched.set()
+        go_on.wait(0.5)
+
+    monkeypatch.setattr(stepper, "fetch", slow_fetch)
+    reader = threading.Thread(target=lambda: session.state.front)
+    reader.start()
+    assert fetched.wait(30)
+    if change == "reset":
+        session.reset()
+    else:
+        session.load(tmp_path / "one.state")
+    go_on.set()
+    reader.join()
+    assert session.tokens_seen == (0 if change == "reset" else 1)
+    fresh = engine.session()
+    if change == "load":
+        fresh.feed([9])
+    np.testing.assert_array_equal(session.feed([3]), fresh.feed([3]))
+
+
+def test_a_batch_copies_states_on_the_device_alone(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    sessions = [engine.session() for _ in range(3)]
+    engine.step_batch(sessions, [1, 2, 3])
+    del machine[0].calls[:]
+    engine.step_batch(sessions, [4, 5, 6])
+    calls = machine[0].calls
+    assert calls.count("cuGraphLaunch") == calls.count("cuMemcpyDtoDAsync_v2") == 3
+    assert not {"cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuMemAlloc_v2"} & set(calls)
