@@ -1,18 +1,25 @@
 """Which tensor is stored in which format.
 
-A recipe maps each kind of tensor to a format. Vectors stay float32: they are a thousandth of a model, and low-bit
-k_k, k_a or r_k ruin it.
+A recipe maps each kind of tensor, or single tensors, to a format; it has a name, or is what a budget of bits buys.
+Vectors stay float32: they are a thousandth of a model, and low-bit k_k, k_a or r_k ruin it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+from ..enginefile import TensorEntry
 from ..errors import QuantizationError
 from ..weights import FORMAT_NAMES, GROUPS, WeightFormat
 from .models.tensors import Kind, TensorRule
+
+# How integers are chosen: to the nearest, or with error feedback.
+RTN = "rtn"
+GPTQ = "gptq"
 
 
 @dataclass(frozen=True)
@@ -87,3 +94,90 @@ def recipe(quant: str, group: int = 32) -> Recipe:
             Kind.VECTOR: exact,
         },
     )
+
+
+# What a budget of bits is spent on: the formats that a matrix may be stored in, of ever more bits.
+MENU = (
+    WeightFormat("int4", 128),
+    WeightFormat("int4", 64),
+    WeightFormat("int4", 32),
+    WeightFormat("int8", 128),
+    WeightFormat("f16"),
+)
+
+
+def budget_recipe(
+    bits: float, rules: Sequence[TensorRule], losses: Mapping[str, Mapping[WeightFormat, float]]
+) -> Recipe:
+    """The recipe that costs least of those that take at most so many bits per weight.
+
+    Every matrix begins with the fewest bits. Then, again and again, what is bought is the step that saves most loss for
+    its bytes, of those that still fit. A matrix's steps go along the lower convex hull of its (bytes, loss), so that a
+    format that is worse than a mixture of its neighbours is passed over. But for the last few steps, which do not fit,
+    this is the best choice where the losses of the tensors add up.
+
+    Args:
+        bits: bits per weight of the whole model, scales, padding and vectors included.
+        rules: the engine's tensors.
+        losses: what storing each matrix in each format costs, by its name (`goslet.export.sensitivity`).
+
+    Raises:
+        QuantizationError: the fewest bits are more than `bits`.
+    """
+    vectors = recipe("int4").by_kind
+    n_numbers = sum(math.prod(rule.shape) for rule in rules)
+    left = bits * n_numbers / 8
+    chosen: dict[str, WeightFormat] = {}
+    steps: list[tuple[float, int, str, _Option, int]] = []
+    for index, rule in enumerate(rules):
+        if not rule.is_matrix:
+            left -= _stored_bytes(rule, vectors[rule.kind])
+            continue
+        hull = _hull(rule, losses[rule.name])
+        chosen[rule.name] = hull[0].format
+        left -= hull[0].size_bytes
+        for option, better in pairwise(hull):
+            steps.append((_slope(option, better), index, rule.name, better, better.size_bytes - option.size_bytes))
+    if left < 0:
+        raise QuantizationError(
+            "cannot be met",
+            place="bits",
+            expected=f"{bits - 8 * left / n_numbers:.3f} or more for this model",
+            found=f"{bits:g}",
+        )
+    closed = set()
+    for _, _, name, option, more_bytes in sorted(steps, key=lambda step: step[:2]):
+        if more_bytes > left:
+            closed.add(name)
+        if name not in closed:
+            left -= more_bytes
+            chosen[name] = option.format
+    return Recipe(f"{bits:g} bits", vectors, chosen)
+
+
+class _Option(NamedTuple):
+    size_bytes: int
+    loss: float
+    format: WeightFormat
+
+
+def _stored_bytes(rule: TensorRule, fmt: WeightFormat) -> int:
+    entry = TensorEntry.placed(rule.name, fmt, rule.layout, rule.shape, 0)
+    return entry.size_bytes + entry.scales_size_bytes
+
+
+def _hull(rule: TensorRule, losses: Mapping[WeightFormat, float]) -> list[_Option]:
+    """The formats worth choosing, from the smallest on: each saves less loss for a byte than the one before it."""
+    hull: list[_Option] = []
+    options = (_Option(_stored_bytes(rule, fmt), loss, fmt) for fmt, loss in losses.items())
+    for option in sorted(options, key=lambda option: (option.size_bytes, option.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], option) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(option: _Option, larger: _Option) -> float:
+    return (larger.loss - option.loss) / (larger.size_bytes - option.size_bytes)
