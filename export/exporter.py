@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode_blocks
 from .adapters import read_adapter
+from .calibration import CALIBRATION_TOKENS, MomentsFile, multiplied, open_moments
 from .checkpoint import Checkpoint, open_checkpoint
+from .gptq import quantize_matrix
 from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import write_onnx
-from .quantize import Recipe, recipe
+from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, recipe
+from .sensitivity import losses, output_sensitivities
 from .tuned_state import read_tuned_state, state_matrices
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +51,7 @@ class ExportReport:
         model_id: the model's id.
         spec: the model's dimensions.
         tokenizer_kind: ``world``, ``hf``, ``bytes`` or None.
+        calibration_tokens: tokens that were read to calibrate, or None.
         duration_s: seconds that the export took.
     """
 
@@ -56,6 +61,7 @@ class ExportReport:
     model_id: str
     spec: ModelSpec
     tokenizer_kind: str | None
+    calibration_tokens: int | None
     duration_s: float
 
 
@@ -65,6 +71,11 @@ def export_engine(
     *,
     quant: str | Recipe = "int8",
     group: int = 32,
+    bits: float | None = None,
+    method: str | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    moments: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     norm_eps: float | None = None,
     state: str | os.PathLike[str] | None = None,
@@ -83,6 +94,13 @@ def export_engine(
         path: the engine file to write.
         quant: f32, f16, bf16, int8 or int4, or a recipe of one's own.
         group: weights that share a scale, 32, 64 or 128; for int8 and int4.
+        bits: bits per weight of the whole model, scales, padding and vectors included; a calibration then chooses a
+            format for every tensor (`goslet.export.quantize.budget_recipe`), and `quant` and `group` are not used.
+        method: how integers are chosen: ``gptq``, with error feedback (`goslet.export.gptq`), or ``rtn``, rounding to
+            the nearest (`goslet.weights.encode`). None means gptq where there is a calibration, else rtn.
+        calibrate: a UTF-8 text to calibrate on (`goslet.export.calibration`).
+        calibration_tokens: how many of its tokens.
+        moments: where what calibration finds is kept. A file that exists there is used, and finished if it is not.
         tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means the
             one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
             engine that takes and gives token ids only.
@@ -102,14 +120,18 @@ def export_engine(
         TokenizerError, DependencyError: the tokenizer cannot be read or does not fit.
         QuantizationError: the recipe cannot be applied.
         OutputError: an output exists and `overwrite` is false, cannot be written, or is also an input.
-        InputError: there is no such chat template; `norm_eps` or `alpha` is not above 0; or `alpha` is missing
-            or of no use.
+        InputError: there is no such chat template; `norm_eps` or `alpha` is not above 0; `alpha` or a calibration is
+            missing or of no use; or the calibration text cannot be used.
+        ContainerError: the moments file is damaged.
+        NonFiniteError: the model gives NaN or infinity on the calibration text.
     """
     start_s = time.monotonic()
     report_progress = progress or (lambda stage, done, total: None)
     outputs = [path] if onnx is None else [path, onnx]
     for output in outputs:
         check_output(output, overwrite)
+    if moments is not None:
+        outputs.append(moments)
     vocabulary_file = None if tokenizer in TOKENIZER_NAMES else tokenizer
     _check_apart(
         {
@@ -118,12 +140,15 @@ def export_engine(
             "the state": state,
             "the adapter": adapter,
             "the chat template": None if chat == "none" or chat in BUILT_IN else chat,
+            "the calibration text": calibrate,
         },
         outputs,
     )
     if norm_eps is not None and not (isinstance(norm_eps, float) and math.isfinite(norm_eps) and norm_eps > 0):
         raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
+    calibrated = calibrate is not None or moments is not None
+    by_feedback = _by_feedback(method, bits, chosen, calibrated)
     conversation = _chat_template(chat, checkpoint)
     change = read_adapter(adapter, alpha)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
@@ -131,37 +156,57 @@ def export_engine(
         vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
         initial_state = _initial_state(state, source, state_spec)
-        formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
-        report_progress("tracing", 0, 1)
-        graph = trace_step(version, spec, source.rules, formats)
-        check_graph(graph)
-        report_progress("tracing", 1, 1)
         report_progress("hashing", 0, 1)
         model_id = source.model_id()
         report_progress("hashing", 1, 1)
-        write_engine(
-            path,
-            spec=spec,
-            state_spec=state_spec,
-            model_id=model_id,
-            graph=graph.SerializeToString(deterministic=True),
-            graph_info={"format": "onnx", "opset": OPSET},
-            tensors=_tensors(source, formats, report_progress),
-            program=version.program(spec).to_bytes(),
-            initial_state=initial_state,
-            chat=conversation,
-            tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
-            provenance={
-                "goslet": __version__,
-                "source": source.path.name,
-                "source_format": source.format,
-                "recipe": chosen.to_json(),
-                **({} if state is None else {"state": Path(state).name}),
-                **({} if change is None else {"adapter": change.path.name}),
-                **({} if alpha is None else {"alpha": alpha}),
-            },
-            overwrite=overwrite,
+        inputs = (
+            open_moments(
+                source,
+                model_id,
+                vocabulary,
+                text=calibrate,
+                n_tokens=calibration_tokens,
+                path=moments,
+                beside=path,
+                initial_state=initial_state,
+                progress=report_progress,
+            )
+            if calibrated
+            else nullcontext()
         )
+        with inputs as seen:
+            if bits is not None and seen is not None:
+                chosen = _bought(bits, source, seen, initial_state, report_progress)
+            formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
+            report_progress("tracing", 0, 1)
+            graph = trace_step(version, spec, source.rules, formats)
+            check_graph(graph)
+            report_progress("tracing", 1, 1)
+            write_engine(
+                path,
+                spec=spec,
+                state_spec=state_spec,
+                model_id=model_id,
+                graph=graph.SerializeToString(deterministic=True),
+                graph_info={"format": "onnx", "opset": OPSET},
+                tensors=_tensors(source, formats, seen if by_feedback else None, report_progress),
+                program=version.program(spec).to_bytes(),
+                initial_state=initial_state,
+                chat=conversation,
+                tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
+                provenance={
+                    "goslet": __version__,
+                    "source": source.path.name,
+                    "source_format": source.format,
+                    "recipe": chosen.to_json(),
+                    **({} if state is None else {"state": Path(state).name}),
+                    **({} if change is None else {"adapter": change.path.name}),
+                    **({} if alpha is None else {"alpha": alpha}),
+                    **({} if seen is None else {"calibration_tokens": seen.tokens.size}),
+                    **({"method": GPTQ} if by_feedback else {}),
+                },
+                overwrite=overwrite,
+            )
     with EngineFile.open(path) as engine:
         if onnx is not None:
             report_progress("writing ONNX", 0, 1)
@@ -174,8 +219,44 @@ def export_engine(
             model_id=model_id,
             spec=spec,
             tokenizer_kind=engine.tokenizer_kind,
+            calibration_tokens=engine.provenance.get("calibration_tokens"),
             duration_s=time.monotonic() - start_s,
         )
+
+
+def _by_feedback(method: str | None, bits: float | None, chosen: Recipe, calibrated: bool) -> bool:
+    """Whether errors are fed back; what needs a calibration has one, and a calibration has a use."""
+    if method not in (None, RTN, GPTQ):
+        raise InputError("no such method", place="method", expected=f"{RTN} or {GPTQ}", found=repr(method))
+    if bits is not None and not (isinstance(bits, int | float) and math.isfinite(bits) and bits > 0):
+        raise InputError("is not a positive number", place="bits", expected="a number above 0", found=repr(bits))
+    needed = "bits" if bits is not None else f"method {GPTQ}" if method == GPTQ else None
+    if needed and not calibrated:
+        raise InputError(
+            "needs a calibration", place=needed, remedy="give a text (--calibrate) or a moments file (--moments)"
+        )
+    integers = any(fmt.is_integer for fmt in [*chosen.by_kind.values(), *chosen.by_name.values()])
+    if calibrated and bits is None and (method == RTN or not integers):
+        raise InputError(
+            "would change nothing",
+            place="calibration",
+            found=f"method {RTN}" if integers else chosen.name,
+            remedy="leave it out, or choose int8, int4 or a number of bits and the method gptq",
+        )
+    return calibrated and method != RTN
+
+
+def _bought(
+    bits: float,
+    source: Checkpoint,
+    seen: MomentsFile,
+    initial_state: Mapping[str, NDArray[np.float32]] | None,
+    report_progress: Progress,
+) -> Recipe:
+    """The recipe that a budget of bits buys."""
+    sensitivities = output_sensitivities(source, seen.tokens, initial_state=initial_state, progress=report_progress)
+    found = losses(source, seen, sensitivities, MENU, progress=report_progress)
+    return budget_recipe(bits, source.rules, found)
 
 
 def _check_apart(inputs: Mapping[str, str | os.PathLike[str] | None], outputs: list[str | os.PathLike[str]]) -> None:
@@ -229,12 +310,19 @@ def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokeni
     return vocabulary
 
 
-def _tensors(source: Checkpoint, formats: dict[str, WeightFormat], report_progress: Progress) -> list[TensorSource]:
+def _tensors(
+    source: Checkpoint, formats: dict[str, WeightFormat], seen: MomentsFile | None, report_progress: Progress
+) -> list[TensorSource]:
+    """What is written; with moments, the matrices that are multiplied with and become integers are made by them."""
     done = iter(range(1, len(source.rules) + 1))
+    fed_back = {rule.name for rule in multiplied(source.rules) if formats[rule.name].is_integer and seen is not None}
 
     def encoded(rule: TensorRule) -> EncodedWeight:
-        blocks = (block.numpy() for block in source.blocks(rule))
-        weight = encode_blocks(blocks, rule.shape, formats[rule.name], rule.name)
+        if seen is not None and rule.name in fed_back:
+            weight = quantize_matrix(source.tensor(rule), formats[rule.name], seen.inputs(rule), rule.name)
+        else:
+            blocks = (block.numpy() for block in source.blocks(rule))
+            weight = encode_blocks(blocks, rule.shape, formats[rule.name], rule.name)
         report_progress("quantizing", next(done), len(source.rules))
         return weight
 

@@ -3,7 +3,9 @@
 - Weights: every stored tensor against the checkpoint's. Rounding to the nearest of a symmetric group with largest level
   q errs by at most half a step for each of g numbers, while the group's largest number is q steps, so the error is at
   most sqrt(g) / (2 q) of the tensor's norm (`weight_limit`); a weight that is transposed, of another layer or zero errs
-  by about 1 or more.
+  by about 1 or more. Where error feedback chose the integers they need not be the nearest, and are held number by
+  number to what it may choose: one of the two integers beside the checkpoint's number, under a scale that it may have
+  (`goslet.export.gptq.neighbours`). Both are parts of what is allowed, so that the limit is 1.
 - Graph: the engine's graph, run in float32, against the torch step on the engine's own dequantized weights. Errors are
   parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
   orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
@@ -37,8 +39,11 @@ from ..spec import EMBEDDING, ModelSpec
 from ..tokenizer import Tokenizer
 from ..weights import INTEGER_RANGES, WeightFormat, decode
 from .adapters import read_adapter
+from .calibration import multiplied
 from .checkpoint import Checkpoint, open_checkpoint
+from .gptq import neighbours
 from .models.blocks import EagerOps, State, Version, token_pieces
+from .quantize import GPTQ
 
 FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
@@ -245,9 +250,16 @@ def weight_limit(chosen: WeightFormat) -> float:
 def _weight_checks(file: EngineFile, source: Checkpoint) -> list[Check]:
     """For each format that occurs, its worst tensor against the format's limit."""
     worst: dict[str, Check] = {}
+    fed_back = file.provenance.get("method") == GPTQ
+    multiplied_names = {rule.name for rule in multiplied(source.rules)}
     for rule in source.rules:
         original = source.tensor(rule)
         stored = file.weight(rule.name)
+        if fed_back and stored.format.is_integer and rule.name in multiplied_names:
+            found = neighbours(original, stored)
+            _keep_worst(worst, Check(f"integers {stored.format}", found.distance, 1.0))
+            _keep_worst(worst, Check(f"scales {stored.format}", found.scale, 1.0))
+            continue
         error = float((torch.from_numpy(decode(stored)) - original).norm() / (original.norm() or 1.0))
         _keep_worst(worst, Check(f"weights {stored.format}", error, weight_limit(stored.format)))
     return list(worst.values())

@@ -11,7 +11,7 @@ from ..errors import DependencyError
 from ..output import check_output
 from ..weights import FORMAT_NAMES, GROUPS
 from .console import Console, readable_size, run_command
-from .flags import add_adapter_flags, positive_number
+from .flags import UsageError, add_adapter_flags, positive_number, whole_number
 
 NAME = "export"
 SUMMARY = "compile a checkpoint into an engine file"
@@ -19,7 +19,8 @@ SUGGESTED_TOKENIZERS = {
     65536: "RWKV World models: for text, export again with --tokenizer world --force",
     50277: "RWKV-4 Pile models: for text, export again with --tokenizer 20B_tokenizer.json --force",
 }
-
+# As goslet.export.calibration has it, which is not imported for --help.
+CALIBRATION_TOKENS = 8192
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 
@@ -29,11 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="an RWKV .pth, .safetensors or .gguf file, or a Hugging Face folder"
     )
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the engine file to write: NAME.goslet")
-    parser.add_argument(
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument(
         "--quant", choices=FORMAT_NAMES, default="int8", help="how weights are stored (default: %(default)s)"
     )
+    formats.add_argument(
+        "--bits",
+        type=positive_number,
+        metavar="B",
+        help="choose a format for every tensor, within B bits per weight in all; needs a calibration",
+    )
+    parser.add_argument("--group", type=int, choices=GROUPS, help="weights that share a scale (default: 32)")
     parser.add_argument(
-        "--group", type=int, choices=GROUPS, default=32, help="weights that share a scale (default: %(default)s)"
+        "--calibrate", metavar="TEXT", help="quantize so that the model errs little on text like this UTF-8 file"
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=whole_number(1),
+        metavar="N",
+        help=f"read so many of its tokens (default: {CALIBRATION_TOKENS})",
+    )
+    parser.add_argument(
+        "--moments",
+        metavar="FILE",
+        help="keep what calibration finds in this file, and use it if it exists",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("rtn", "gptq"),
+        help="round to the nearest, or feed errors back (default: gptq with a calibration, else rtn)",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
@@ -59,6 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
+    if args.bits is not None and args.group is not None:
+        raise UsageError("--group: is chosen by --bits, tensor by tensor; give one of them", "goslet export --help")
+    if args.calibration_tokens is not None and args.calibrate is None:
+        raise UsageError("--calibration-tokens: is of no use without --calibrate", "goslet export --help")
     for output in (args.output, args.onnx):
         if output is not None:
             check_output(output, overwrite=args.force)  # before the seconds that importing torch takes
@@ -70,7 +99,12 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             args.checkpoint,
             args.output,
             quant=args.quant,
-            group=args.group,
+            group=args.group or 32,
+            bits=args.bits,
+            method=args.method,
+            calibrate=args.calibrate,
+            calibration_tokens=args.calibration_tokens or CALIBRATION_TOKENS,
+            moments=args.moments,
             tokenizer=args.tokenizer,
             norm_eps=args.norm_eps,
             state=args.state,
@@ -81,6 +115,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             overwrite=args.force,
             progress=progress,
         )
+    if report.calibration_tokens is not None:
+        console.note(f"calibrated on {report.calibration_tokens:,} tokens")
     console.note(
         f"{report.path}: {readable_size(report.size_bytes)}, {report.bits_per_weight:.2f} bits per weight, "
         f"made in {report.duration_s:.1f} s"

@@ -57,7 +57,8 @@ def show_report(report: VerifyReport, console: Console) -> None:
     if report.checks:
         what = "tokens of text" if report.text else "random tokens"
         console.line(
-            f"backend {report.backend} over {report.n_tokens} {what}, errors as parts of range (of norm for weights):"
+            f"backend {report.backend} over {report.n_tokens} {what}, errors as parts of range (of norm for weights, "
+            "of a step for integers):"
         )
     width = max((len(check.name) for check in report.checks), default=0)
     for check in report.checks:

@@ -16,8 +16,8 @@ from random_checkpoint import random_rwkv7, save  # noqa: E402
 import goslet  # noqa: E402
 from goslet.enginefile import EngineFile, TensorSource, write_engine  # noqa: E402
 from goslet.errors import ChecksumError  # noqa: E402
-from goslet.export import verify  # noqa: E402
-from goslet.export.verify import verify_engine  # noqa: E402
+from goslet.export import export_engine, verify  # noqa: E402
+from goslet.export.verify import SAMPLE, verify_engine  # noqa: E402
 from goslet.weights import decode, encode  # noqa: E402
 
 
@@ -85,7 +85,7 @@ def rewritten(
             tensors=tensors,
             tokenizer=("bytes", b""),
             program=change_program(bytes(file.program_bytes or b"")),
-            provenance={},
+            provenance=file.provenance,
             overwrite=False,
         )
         del tensors, stored
@@ -150,15 +150,26 @@ def test_a_program_that_is_not_the_step_fails(
     assert failed(path, tiny_checkpoint) == {"native"}
 
 
-@pytest.mark.parametrize("quant", ["f32", "int4"])
+@pytest.fixture(scope="module")
+def fed_back(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine in int4 whose integers were chosen with error feedback."""
+    folder = tmp_path_factory.mktemp("fed-back")
+    (folder / "text").write_text(SAMPLE * 3)
+    export_engine(tiny_checkpoint, folder / "x.goslet", quant="int4", calibrate=folder / "text")
+    return folder / "x.goslet"
+
+
+@pytest.mark.parametrize("quant", ["f32", "int4", "fed back"])
 def test_weights_that_are_not_the_checkpoints_fail(
-    quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+    quant: str, tiny_engines: dict[str, Path], fed_back: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Whatever they are, graph and backend compute with them what they say; only the weights themselves tell."""
     swap = {"blocks.0.att.key.weight": "blocks.0.att.receptance.weight"}
     swap |= {value: key for key, value in swap.items()}
-    source = tiny_engines[quant]
-    assert failed(rewritten(source, tmp_path / "swapped", weights=swap), tiny_checkpoint) == {"weights"}
+    source = fed_back if quant == "fed back" else tiny_engines[quant]
+    wrong = {"integers", "scales"} if quant == "fed back" else {"weights"}
+
+    assert failed(rewritten(source, tmp_path / "swapped", weights=swap), tiny_checkpoint) == wrong
 
     def transposed(name: str, value: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(value.T) if name == "blocks.1.att.output.weight" else value
@@ -168,7 +179,9 @@ def test_weights_that_are_not_the_checkpoints_fail(
 
     for fault in (transposed, without_head):
         path = rewritten(source, tmp_path / fault.__name__, change_weight=fault)
-        assert failed(path, tiny_checkpoint) == {"weights"}, fault
+        kinds = failed(path, tiny_checkpoint)
+        assert kinds, fault
+        assert kinds <= wrong, fault
 
 
 def test_backend_that_errs_more_than_its_rounding_explains(

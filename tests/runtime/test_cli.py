@@ -14,7 +14,7 @@ import pytest
 
 import goslet
 from goslet import cli
-from goslet.commands import demo
+from goslet.commands import demo, export
 from goslet.commands.console import readable_size
 from goslet.enginefile import EngineFile
 
@@ -55,6 +55,9 @@ from .command_line import Outcome, Run, assert_one_line_error
         (["export", "c", "-o", "o", "--quant", "int3"], ["--quant", "int3"]),
         (["export", "c", "-o", "o", "--group", "48"], ["--group", "48"]),
         (["export", "c", "-o", "o", "--norm-eps", "0"], ["--norm-eps", "above 0"]),
+        (["export", "c", "-o", "o", "--bits", "4.5", "--quant", "int4"], ["--quant", "not allowed with", "--bits"]),
+        (["export", "c", "-o", "o", "--bits", "4.5", "--group", "64"], ["--group: is chosen by --bits"]),
+        (["export", "c", "-o", "o", "--calibration-tokens", "600"], ["of no use without --calibrate"]),
         (["eval", "e"], ["--text"]),
         (["verify", "e"], ["CHECKPOINT"]),
     ],
@@ -140,6 +143,20 @@ def test_export_says_what_it_made_and_what_to_type_next(run: Run, tiny_checkpoin
     assert "bits per weight" in first
     assert f"goslet run {engine} -p" in second
     assert json.loads(run("inspect", engine, "--json").out)["provenance"]["recipe"]["name"] == "int4"
+
+
+def test_export_calibrates_and_keeps_the_moments(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    calibration = pytest.importorskip("goslet.export.calibration", reason="exporting needs torch")
+    assert export.CALIBRATION_TOKENS == calibration.CALIBRATION_TOKENS
+    text, engine, moments = tmp_path / "text", tmp_path / "x.goslet", tmp_path / "x.moments"
+    text.write_text("The goose swam. " * 40)
+    words = ["export", tiny_checkpoint, "-o", engine, "--quant", "int4", "--calibrate", text]
+    outcome = run(*words, "--calibration-tokens", "512", "--moments", moments)
+    assert outcome.code == 0, outcome
+    assert outcome.err.startswith("goslet: calibrated on 512 tokens\n")
+    assert run("verify", engine, tiny_checkpoint).code == 0
+    text.write_bytes(b"\xff" * 1000)
+    assert_one_line_error(run(*words, "--force"), 1, str(text), "not UTF-8 text")
 
 
 @pytest.mark.parametrize(("vocab_size", "said"), [(65536, "World"), (50277, "RWKV-4 Pile"), (300, None)])
