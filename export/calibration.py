@@ -8,8 +8,10 @@ The model that reads is the unquantized one. GPTQ's own code lets each layer rea
 give. That would tie the moments to one recipe and one order of work; so they belong to the model alone, serve every
 recipe, and a run that was cut off goes on from the file.
 
-In memory are the model in float32 without its embedding and its head, and the moments of as many matrices as fit into
-`MOMENTS_BYTES`; where that is not all, the text is read again for the next ones. The moments file is a container
+In memory are the model in float32 without its embedding and its head, and the moments of as many matrices as take no
+more than that or `MOMENTS_BYTES`; where these are not all, the text is read again for the next ones. So it takes little
+over twice what the model does, and some passes more where the moments, which grow with the squares of the widths, are
+larger than the weights. The moments file is a container
 (`goslet.container`) that is written anew after each such pass. Its header has ``model_id``, ``tensors`` (the matrices
 that are done) and ``initial_state`` (a tuned one's SHA-256, or null), and its sections are ``tokens`` (int32 [chunks,
 `CHUNK_TOKENS`]) and for every matrix
@@ -48,8 +50,8 @@ MOMENTS_VERSION = 1
 CALIBRATION_TOKENS = 8192
 CHUNK_TOKENS = 256
 MIN_TOKENS = 2 * CHUNK_TOKENS
-# Moments in memory at a time: those of the 0.4B shape fit, of larger ones not all.
-MOMENTS_BYTES = 3 << 30
+# Moments in memory at a time, if the model is not larger: with 0.4B it then stays well below 6 GB, in two passes.
+MOMENTS_BYTES = 3 << 29
 
 # Chunks read side by side. More are not faster, and the inputs that are gathered grow with them.
 _LANES = 32
@@ -417,10 +419,11 @@ def collect_moments(
                     remedy="choose another name, or use this file without a text",
                 )
             done = file.done
-    passes = list(_passes([rule for rule in multiplied(source.rules) if rule.name not in done]))
-    if not passes:
+    lacking = [rule for rule in multiplied(source.rules) if rule.name not in done]
+    if not lacking:
         return
     weights = {rule.name: source.tensor(rule) for rule in source.rules if rule.kind not in (Kind.EMBEDDING, Kind.HEAD)}
+    passes = list(_passes(lacking, max(MOMENTS_BYTES, sum(weight.nbytes for weight in weights.values()))))
     embedded = EmbeddedTokens(source, tokens)
     apart = held_out_chunks(len(tokens))
     kept = np.delete(tokens, apart, axis=0)
@@ -450,7 +453,7 @@ def collect_moments(
                     place=f"input of {name}",
                     remedy="this checkpoint cannot be calibrated",
                 )
-        inputs = {name: LayerInputs(sums[name], torch.cat(held[name])) for name in sums}
+        inputs = {name: LayerInputs(sums[name], torch.cat(held.pop(name))) for name in sums}
         _append(path, {"model_id": model_id, "initial_state": start}, tokens, done, inputs)
         done = [*done, *inputs]
 
@@ -469,13 +472,13 @@ def _shown(tokens: NDArray[np.int32]) -> str:
     return f"{tokens.size} tokens with SHA-256 {digest[:16]}…"
 
 
-def _passes(rules: Sequence[TensorRule]) -> Iterator[list[TensorRule]]:
-    """The matrices whose moments fit into memory together, as often as it takes; one always fits."""
+def _passes(rules: Sequence[TensorRule], limit_bytes: int) -> Iterator[list[TensorRule]]:
+    """The matrices whose moments are in memory together, as often as it takes; one always is."""
     together: list[TensorRule] = []
     size_bytes = 0
     for rule in rules:
         own_bytes = 4 * rule.shape[1] ** 2
-        if together and size_bytes + own_bytes > MOMENTS_BYTES:
+        if together and size_bytes + own_bytes > limit_bytes:
             yield together
             together, size_bytes = [], 0
         together.append(rule)
