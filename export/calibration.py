@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..container import Container, Section, read_container, write_container
-from ..errors import HeaderError, InputError, NonFiniteError, TokenizerError
+from ..errors import HeaderError, InputError, NonFiniteError, TokenError, TokenizerError
 from ..output import check_output
 from ..spec import EMBEDDING
 from ..tokenizer import Tokenizer
@@ -283,12 +283,22 @@ class EmbeddedTokens:
     Args:
         source: the checkpoint.
         tokens: the tokens, of any shape.
+
+    Raises:
+        TokenError: a token is outside the vocabulary.
     """
 
     def __init__(self, source: Checkpoint, tokens: NDArray[np.int32]) -> None:
         rule = next(rule for rule in source.rules if rule.name == EMBEDDING)
         self._spec = source.spec
         self._ids = np.unique(tokens)
+        if self._ids[0] < 0 or self._ids[-1] >= rule.shape[0]:
+            raise TokenError(
+                "is outside the vocabulary",
+                place="calibration tokens",
+                expected=f"0 to {rule.shape[0] - 1}",
+                found=f"{self._ids[0]} to {self._ids[-1]}",
+            )
         self.rows = torch.empty(len(self._ids), rule.shape[1])
         first = 0
         for block in source.blocks(rule):

@@ -103,7 +103,7 @@ class Feedback:
             The integers, int8 [N, K], and the scales, float16 [N, groups].
         """
         scales = search_scales(weight, self._importance, fmt)
-        steps = _spread(scales.float(), fmt, weight.shape[1]).T[self._order].contiguous()
+        steps = spread(scales.float(), fmt, weight.shape[1]).T[self._order].contiguous()
         left = weight.T[self._order].contiguous()
         exact = (left / steps).clamp(*INTEGER_RANGES[fmt.name])
         low, high = exact.floor(), exact.ceil()
@@ -189,9 +189,9 @@ def quantize_matrix(weight: Tensor, fmt: WeightFormat, inputs: LayerInputs, name
     scales = torch.from_numpy(nearest.scales.copy())
     for rows in _row_parts(weight):
         part = weight[rows]
-        before = _spread(scales[rows].float(), fmt, weight.shape[1]).mul_(values[rows]).sub_(part)
+        before = spread(scales[rows].float(), fmt, weight.shape[1]).mul_(values[rows]).sub_(part)
         new_values, new_scales = feedback.integers(part, fmt)
-        after = _spread(new_scales.float(), fmt, weight.shape[1]).mul_(new_values).sub_(part)
+        after = spread(new_scales.float(), fmt, weight.shape[1]).mul_(new_values).sub_(part)
         gained = output_errors(after, inputs.moments) < _MARGIN * output_errors(before, inputs.moments)
         values[rows] = torch.where(gained[:, None], new_values, values[rows])
         scales[rows] = torch.where(gained[:, None], new_scales, scales[rows])
@@ -213,14 +213,14 @@ def _choose(weight: Tensor, nearest: EncodedWeight, fmt: WeightFormat, inputs: L
     for damping, by_size in TRIED:
         feedback = Feedback(inputs.moments, damping, by_size)
         values, scales = feedback.integers(rows, fmt)
-        found = error(_spread(scales.float(), fmt, weight.shape[1]).mul_(values))
+        found = error(spread(scales.float(), fmt, weight.shape[1]).mul_(values))
         if found < least:
             best, least = feedback, found
     return best
 
 
-def _spread(scales: Tensor, fmt: WeightFormat, n_columns: int) -> Tensor:
-    """Scales [N, groups] as one for each number [N, K]."""
+def spread(scales: Tensor, fmt: WeightFormat, n_columns: int) -> Tensor:
+    """Scales float32 [N, groups] as one for each number, [N, K]."""
     return scales.repeat_interleave(fmt.group_size, 1)[:, :n_columns]
 
 
@@ -263,7 +263,7 @@ def neighbours(original: Tensor, stored: EncodedWeight) -> NeighbourCheck:
     scales = torch.from_numpy(stored.scales.astype(np.float32))
     distance = scale = 0.0
     for rows in _row_parts(original):
-        steps = (original[rows] / _spread(scales[rows], fmt, n_columns)).clamp(*INTEGER_RANGES[fmt.name])
+        steps = (original[rows] / spread(scales[rows], fmt, n_columns)).clamp(*INTEGER_RANGES[fmt.name])
         distance = max(distance, float((values[rows] - steps).abs().max()))
         padding = fmt.groups(n_columns) * group - n_columns
         grouped = torch.nn.functional.pad(original[rows], (0, padding)).reshape(len(steps), -1, group)

@@ -28,7 +28,7 @@ from ..spec import EMBEDDING
 from ..weights import WeightFormat, decode, encode
 from .calibration import EmbeddedTokens, MomentsFile, fresh_state, multiplied
 from .checkpoint import Checkpoint
-from .gptq import TRIED, Feedback, output_errors
+from .gptq import TRIED, Feedback, output_errors, spread
 from .models.blocks import EagerOps
 from .models.tensors import Kind, TensorRule
 
@@ -163,8 +163,7 @@ def _matrix_losses(
     for fmt in formats:
         if fmt.is_integer:
             values, scales = feedback.integers(rows, fmt)
-            spread = scales.float().repeat_interleave(fmt.group_size, 1)[:, : rows.shape[1]]
-            error = values * spread - rows
+            error = values * spread(scales.float(), fmt, rows.shape[1]) - rows
         elif _holds(fmt, weight):
             error = torch.from_numpy(decode(encode(rows.numpy(), fmt, rule.name))) - rows
         else:

@@ -39,7 +39,7 @@ from goslet.export.calibration import (
     multiplied,
 )
 from goslet.export.checkpoint import Checkpoint, open_checkpoint
-from goslet.export.gptq import quantize_matrix, search_scales
+from goslet.export.gptq import quantize_matrix, search_scales, spread
 from goslet.export.models.blocks import EagerOps, token_pieces
 from goslet.export.models.tensors import Kind, TensorRule
 from goslet.export.quantize import MENU, budget_recipe
@@ -77,8 +77,8 @@ class Quantizer:
         if method == "gptq":
             return quantize_matrix(weight, fmt, inputs, rule.name)
         scales = search_scales(weight, inputs.moments.diagonal(), fmt)
-        spread = scales.float().repeat_interleave(fmt.group_size, 1)[:, : weight.shape[1]]
-        values = torch.round(weight / spread).clamp(*INTEGER_RANGES[fmt.name])
+        steps = spread(scales.float(), fmt, weight.shape[1])
+        values = torch.round(weight / steps).clamp(*INTEGER_RANGES[fmt.name])
         return encode_values(values.to(torch.int8).numpy(), scales.numpy(), fmt)
 
     def model(self, chosen: Recipe, method: str) -> tuple[dict[str, Tensor], float]:

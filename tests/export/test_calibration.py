@@ -21,6 +21,7 @@ from goslet.errors import (  # noqa: E402
     NonFiniteError,
     OutputError,
     QuantizationError,
+    TokenError,
     TokenizerError,
     WrongMagicError,
 )
@@ -169,6 +170,14 @@ class TestMoments:
             with pytest.raises(InputError, match="another initial state"):
                 collect_moments(source, file.model_id, file.tokens.copy(), moments, initial_state=states)
         assert moments.read_bytes() == before
+
+    @pytest.mark.parametrize("token", [-1, 256])
+    def test_tokens_outside_the_vocabulary(self, token: int, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        tokens = np.full((2, 256), 7, np.int32)
+        tokens[1, 9] = token
+        with open_checkpoint(tiny_checkpoint) as source, pytest.raises(TokenError, match="outside the vocabulary"):
+            collect_moments(source, "0" * 64, tokens, tmp_path / "x")
+        assert os.listdir(tmp_path) == []
 
     def test_a_damaged_file(self, moments: Path, tmp_path: Path) -> None:
         content = bytearray(moments.read_bytes())
