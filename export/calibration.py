@@ -435,8 +435,7 @@ def collect_moments(
     weights = {rule.name: source.tensor(rule) for rule in source.rules if rule.kind not in (Kind.EMBEDDING, Kind.HEAD)}
     passes = list(_passes(lacking, max(MOMENTS_BYTES, sum(weight.nbytes for weight in weights.values()))))
     embedded = EmbeddedTokens(source, tokens)
-    apart = held_out_chunks(len(tokens))
-    kept = np.delete(tokens, apart, axis=0)
+    header = {"model_id": model_id, "initial_state": start}
     total, read = len(passes) * tokens.size, 0
 
     def advance(n_tokens: int) -> None:
@@ -447,25 +446,40 @@ def collect_moments(
 
     advance(0)
     for rules in passes:
-        ops = RecordingOps(weights, [rule.name for rule in rules])
-        sums = {rule.name: torch.zeros(rule.shape[1], rule.shape[1]) for rule in rules}
-        for first in range(0, len(kept), _LANES):
-            for name, rows in _read(source, ops, embedded, kept[first : first + _LANES], initial_state, advance):
-                sums[name].addmm_(rows.T, rows)
-        held: dict[str, list[Tensor]] = {rule.name: [] for rule in rules}
-        for name, rows in _read(source, ops, embedded, tokens[apart], initial_state, advance):
-            held[name].append(rows)
-        for name, moments in sums.items():
-            moments /= kept.size
-            if not torch.isfinite(moments).all():
-                raise NonFiniteError(
-                    "the squares of the model's activations are beyond float32",
-                    place=f"input of {name}",
-                    remedy="this checkpoint cannot be calibrated",
-                )
-        inputs = {name: LayerInputs(sums[name], torch.cat(held.pop(name))) for name in sums}
-        _append(path, {"model_id": model_id, "initial_state": start}, tokens, done, inputs)
-        done = [*done, *inputs]
+        # Nothing of a pass is in memory during the next one.
+        _append(path, header, tokens, done, _one_pass(source, weights, rules, embedded, tokens, initial_state, advance))
+        done = [*done, *(rule.name for rule in rules)]
+
+
+def _one_pass(
+    source: Checkpoint,
+    weights: Mapping[str, Tensor],
+    rules: Sequence[TensorRule],
+    embedded: EmbeddedTokens,
+    tokens: NDArray[np.int32],
+    initial_state: Mapping[str, NDArray[np.float32]] | None,
+    advance: Callable[[int], None],
+) -> dict[str, LayerInputs]:
+    """What some matrices are given while all of the text is read."""
+    apart = held_out_chunks(len(tokens))
+    kept = np.delete(tokens, apart, axis=0)
+    ops = RecordingOps(weights, [rule.name for rule in rules])
+    sums = {rule.name: torch.zeros(rule.shape[1], rule.shape[1]) for rule in rules}
+    for first in range(0, len(kept), _LANES):
+        for name, rows in _read(source, ops, embedded, kept[first : first + _LANES], initial_state, advance):
+            sums[name].addmm_(rows.T, rows)
+    held: dict[str, list[Tensor]] = {rule.name: [] for rule in rules}
+    for name, rows in _read(source, ops, embedded, tokens[apart], initial_state, advance):
+        held[name].append(rows)
+    for name, moments in sums.items():
+        moments /= kept.size
+        if not torch.isfinite(moments).all():
+            raise NonFiniteError(
+                "the squares of the model's activations are beyond float32",
+                place=f"input of {name}",
+                remedy="this checkpoint cannot be calibrated",
+            )
+    return {name: LayerInputs(moments, torch.cat(held.pop(name))) for name, moments in sums.items()}
 
 
 def _state_sha256(state: Mapping[str, NDArray[np.float32]] | None) -> str | None:
