@@ -368,9 +368,13 @@ def opened(kind: str, path: Path, folder: Path, threads: int = 1) -> Iterator[go
         with goslet.open(path, backend=backend, threads=threads) as engine:
             yield engine
         return
+    # For the opening alone: a fixture that lasts must not give a GPU to tests that do not ask for it.
     with fake_gpu() as (_cuda, tensorrt):
         if kind == "trt":
             path = Path(shutil.copy(path, folder))
             _, tensorrt.in_place = write_fake_plan(path)
-        with goslet.open(path, backend=backend, device=device or None) as engine:
-            yield engine
+        engine = goslet.open(path, backend=backend, device=device or None)
+    if isinstance(engine.backend, ort_cuda.OrtCudaBackend):
+        engine.backend.device = "cpu"  # type: ignore[misc]
+    with engine:
+        yield engine
