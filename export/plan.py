@@ -28,7 +28,7 @@ from ..enginefile import EngineFile
 from ..errors import BackendError, DependencyError, InputError, OutputError
 from ..machine import gpu
 from ..output import check_output, output_error
-from ..planfile import INSTALL, PACKAGES, RUNNABLE_TARGETS, PlanKey, beside, write_plan
+from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanKey, beside, installed_package, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
 from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
 
@@ -179,12 +179,11 @@ def _check_arguments(
 
 
 def _module(target: str) -> str:
-    for name in PACKAGES[_RUNTIMES[target]]:
-        if importlib.util.find_spec(name) is not None:
-            return name
-    raise DependencyError(
-        f"{_RUNTIMES[target]} is not installed, which builds plans for {target}", remedy=INSTALL[_RUNTIMES[target]]
-    )
+    runtime = _RUNTIMES[target]
+    name = installed_package(runtime)
+    if name is None:
+        raise DependencyError(f"{runtime} is not installed, which builds plans for {target}", remedy=INSTALL[runtime])
+    return name
 
 
 def _save(lowered: Lowered, path: Path, published_as: str) -> None:

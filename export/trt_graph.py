@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,13 @@ def lower(
         dimension = value.type.tensor_type.shape.dim[0]
         dimension.ClearField("dim_param")
         dimension.dim_value = batch
+    # A weight and its scales are asked for one after the other, and made of the same unpacked tensor.
+    buffers = lru_cache(maxsize=1)(lambda name: weight_buffers(name, engine.weight(name)))
     content: dict[str, Callable[[], bytes]] = {}
     for name, entry in engine.tensors.items():
         if name != EMBEDDING:
             for made in weight_initializers(name, entry.format, entry.shape):
-                content[made] = partial(_stored, engine, name, made)
+                content[made] = partial(_stored, buffers, name, made)
     for initializer in graph.initializer:
         if initializer.name in content:
             initializer.ClearField("external_data")
@@ -108,8 +110,8 @@ def lower(
     return Lowered(model, {name: make for name, make in content.items() if name in names})
 
 
-def _stored(engine: EngineFile, name: str, initializer: str) -> bytes:
-    return weight_buffers(name, engine.weight(name))[initializer].tobytes()
+def _stored(buffers: Callable[[str], dict[str, NDArray[np.uint8]]], name: str, initializer: str) -> bytes:
+    return buffers(name)[initializer].tobytes()
 
 
 def _fold_constants(graph: GraphProto, content: dict[str, Callable[[], bytes]]) -> None:

@@ -8,6 +8,7 @@ the engine.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -89,6 +90,11 @@ class PlanKey:
                 remedy="it may be of a newer goslet; build the plan again",
             )
         return cls(**read)
+
+
+def installed_package(runtime: str) -> str | None:
+    """The Python package of a runtime that is installed here, by the name to import; None where there is none."""
+    return next((name for name in PACKAGES.get(runtime, ()) if importlib.util.find_spec(name) is not None), None)
 
 
 def plan_path(engine: Path, target: str) -> Path:

@@ -159,11 +159,11 @@ class State:
             self._buffers[self._front].copy_from(staged)
             elsewhere.steps_fetched = steps
 
-    def _take_over(self, buffer: StateBuffer) -> None:
-        """Let the front buffer, a copy of `buffer`, be the state, whatever is elsewhere."""
+    def _take_over(self, buffer: StateBuffer | None) -> None:
+        """Let the front buffer, as `_put` makes it, be the state, whatever is elsewhere."""
         elsewhere = self._elsewhere
         with self._moving:
-            self._buffers[self._front].copy_from(buffer)
+            _put(self._buffers[self._front], buffer)
             if elsewhere is not None:
                 elsewhere.steps_fetched = elsewhere.steps
 
@@ -187,14 +187,12 @@ class State:
 
         Raises:
             StateMismatchError: the state has no such tensor, or of another shape; it is then unchanged.
-            StateError: a number is not finite, or memory is short; the state is then unchanged.
+            StateError: a number is not finite; the state is then unchanged.
         """
         fresh = self._fresh if initial is None else fresh_buffer(self.spec, initial, self._fresh)
-        if fresh is None:
-            fresh = _allocate(self.spec)
         # The back buffer forgets too, and first: an interruption between the two leaves the state as it was.
         if self.double_buffered:
-            self._buffers[self._back_index()].copy_from(fresh)
+            _put(self._buffers[self._back_index()], fresh)
         self._take_over(fresh)
 
     def clone(self) -> State:
@@ -327,6 +325,14 @@ def fresh_buffer(spec: StateSpec, initial: Tensors, base: StateBuffer | None = N
     for name, values in given.items():
         views[name][...] = values
     return buffer
+
+
+def _put(target: StateBuffer, source: StateBuffer | None) -> None:
+    """Make a buffer a copy of another, or, where that is None, of the spec's initial values; one native call."""
+    if source is None:
+        target.reset()
+    else:
+        target.copy_from(source)
 
 
 def _allocate(spec: StateSpec) -> StateBuffer:

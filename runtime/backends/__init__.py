@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendUnavailableError, InputError
+from ..errors import BackendError, BackendUnavailableError, InputError
+from ..spec import EMBEDDING
 from ..state import State
 
 if TYPE_CHECKING:
@@ -154,3 +155,22 @@ def open_backend(name: str | None, file: EngineFile, device: str | None = None, 
     from .native import NativeBackend
 
     return NativeBackend(file, threads)
+
+
+def check_embedding(file: EngineFile) -> None:
+    """Hold the embedding, which backends read row by row, to the header.
+
+    Raises:
+        BackendError: it is not there, or of another shape.
+    """
+    expected = (file.spec.vocab_size, sum(file.spec.input_sizes))
+    found = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
+    if found != expected:
+        raise BackendError(
+            "the embedding is not the one that the header states",
+            file=file.path,
+            place=EMBEDDING,
+            expected=list(expected),
+            found=found,
+            remedy="export the engine again",
+        )

@@ -83,7 +83,6 @@ class DeviceMemory:
         address = ctypes.c_uint64()
         driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         self.address = int(address.value)
-        self.size_bytes = size_bytes
         self._free = weakref.finalize(self, _quietly, driver, "cuMemFree_v2", address)
 
 

@@ -6,6 +6,7 @@ every session has two state buffers and two bindings, which take turns.
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 import os
 import tempfile
@@ -22,7 +23,7 @@ from ..initializers import expected_initializers, graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
 from ..weights import EncodedWeight, WeightFormat, decode_rows
-from . import Backend, Rounding, Stepper
+from . import Backend, Rounding, Stepper, check_embedding
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -112,7 +113,7 @@ class OrtBackend(Backend):
 
     def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """As `Backend.step_batch`, one step after another."""
-        own = cast("Sequence[_OrtStepper]", steppers)
+        own = cast("Sequence[AlternatingStepper]", steppers)
         for row, stepper in enumerate(own):
             logits[row] = stepper.step(tokens[row : row + 1], f"session {row} of this batch")
         # Only now, so that a step that fails leaves the sessions before it where they were too.
@@ -140,7 +141,34 @@ def _create_session(file: EngineFile, graph: bytes, options: Any, provider: tupl
         return onnxruntime.InferenceSession(model, options, **settings)
 
 
-class _OrtStepper(Stepper):
+class AlternatingStepper(Stepper):
+    """A stepper whose steps write beside the state, and become the state only when told to."""
+
+    @abc.abstractmethod
+    def step(self, token: NDArray[np.int64], place: str) -> NDArray[np.float32]:
+        """Write the state after one token [1] beside the present one; float32 logits [V], good until the next step.
+
+        Raises:
+            BackendError: the step failed, at `place`.
+        """
+
+    @abc.abstractmethod
+    def advance(self) -> None:
+        """Let the state that `step` wrote be the session's."""
+
+    def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """As `Stepper.feed`."""
+        every = len(logits) == len(tokens)
+        for index in range(len(tokens)):
+            found = self.step(tokens[index : index + 1], f"token {index} of this feed")
+            self.advance()
+            if every:
+                logits[index] = found
+        if not every:
+            logits[0] = found
+
+
+class _OrtStepper(AlternatingStepper):
     def __init__(self, session: Any, embedding: EncodedWeight, n_input: int, vocab_size: int, state: State) -> None:
         self._session = session
         self._embedding = embedding
@@ -163,18 +191,7 @@ class _OrtStepper(Stepper):
             binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         return binding
 
-    def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        every = len(logits) == len(tokens)
-        for index in range(len(tokens)):
-            found = self.step(tokens[index : index + 1], f"token {index} of this feed")
-            self.advance()
-            if every:
-                logits[index] = found
-        if not every:
-            logits[0] = self._logits[0]
-
     def step(self, token: NDArray[np.int64], place: str) -> NDArray[np.float32]:
-        """Write the state after one token [1] to the back buffer; float32 logits [V], good until the next step."""
         self._x[:] = decode_rows(self._embedding, token)
         try:
             self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
@@ -187,7 +204,6 @@ class _OrtStepper(Stepper):
         return self._logits.reshape(-1)
 
     def advance(self) -> None:
-        """Let the state that `step` wrote be the session's."""
         self._state.advance()
 
 
@@ -218,13 +234,4 @@ def _check_signature(session: Any, file: EngineFile) -> None:
                     found=real.get(name, "nothing"),
                     remedy="export the engine again",
                 )
-    shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
-    if shape != (spec.vocab_size, n_input):
-        raise BackendError(
-            "the embedding is not the one that the header states",
-            file=file.path,
-            place=EMBEDDING,
-            expected=[spec.vocab_size, n_input],
-            found=shape,
-            remedy="export the engine again",
-        )
+    check_embedding(file)

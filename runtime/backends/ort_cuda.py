@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from ..errors import BackendError, BackendUnavailableError, first_line
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Rounding, Stepper
-from .ort import OrtBackend
+from .ort import AlternatingStepper, OrtBackend
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -83,17 +82,8 @@ class OrtCudaBackend(OrtBackend):
                 remedy="free some of the device's memory, or use fewer sessions",
             ) from error
 
-    def step_batch(self, steppers: Sequence[Stepper], tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        """As `Backend.step_batch`, one step after another."""
-        own = cast("Sequence[_OrtCudaStepper]", steppers)
-        for row, stepper in enumerate(own):
-            logits[row] = stepper.step(tokens[row : row + 1], f"session {row} of this batch")
-        # Only now, so that a step that fails leaves the sessions before it where they were too.
-        for stepper in own:
-            stepper.advance()
 
-
-class _OrtCudaStepper(Stepper, Elsewhere):
+class _OrtCudaStepper(AlternatingStepper, Elsewhere):
     def __init__(
         self, session: Any, device: str, embedding: EncodedWeight, n_input: int, vocab_size: int, state: State
     ) -> None:
@@ -124,18 +114,7 @@ class _OrtCudaStepper(Stepper, Elsewhere):
             binding.bind_ortvalue_output(f"state_out.{name}", target[name])
         return binding
 
-    def feed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        every = len(logits) == len(tokens)
-        for index in range(len(tokens)):
-            found = self.step(tokens[index : index + 1], f"token {index} of this feed")
-            self.advance()
-            if every:
-                logits[index] = found
-        if not every:
-            logits[0] = found
-
     def step(self, token: NDArray[np.int64], place: str) -> NDArray[np.float32]:
-        """Write the state after one token [1] to the copy that is not the state; float32 logits [V]."""
         with self._lock:
             try:
                 if not self.ahead:
@@ -152,7 +131,6 @@ class _OrtCudaStepper(Stepper, Elsewhere):
         return logits.reshape(-1)
 
     def advance(self) -> None:
-        """Let the state that `step` wrote be the session's."""
         with self._lock:
             index, count = self._now
             after = (1 - index, min(count + 1, MAX_TOKENS_SEEN))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +24,12 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, BackendUnavailableError, DependencyError, first_line
 from ..machine import gpu
-from ..planfile import INSTALL, PACKAGES, RUNNABLE_TARGETS, PlanFile, plan_path
+from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanFile, installed_package, plan_path
 from ..spec import EMBEDDING, StateSpec
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
 from ..trt_plugin import find_plugin, plugin_version
 from ..weights import EncodedWeight, WeightFormat, decode_rows
-from . import Backend, Rounding, Stepper
+from . import Backend, Rounding, Stepper, check_embedding
 from .cuda_driver import CudaError, DeviceMemory, Driver, Graph, PinnedMemory, Stream
 
 if TYPE_CHECKING:
@@ -371,19 +370,17 @@ def _find_plan(engine: Path) -> Path:
 
 
 def _import(runtime: str, plan: Path) -> Any:
-    for name in PACKAGES.get(runtime, ()):
-        if importlib.util.find_spec(name) is not None:
-            try:
-                return importlib.import_module(name)
-            except (ImportError, OSError) as error:
-                raise DependencyError(
-                    f"{runtime} is installed and cannot be loaded: {first_line(error)}", file=plan
-                ) from error
-    raise DependencyError(
-        f"the plan needs the Python package {runtime[:40]}, which is not installed",
-        file=plan,
-        remedy=f"{INSTALL.get(runtime, 'build the plan again')}; or use backend native",
-    )
+    name = installed_package(runtime)
+    if name is None:
+        raise DependencyError(
+            f"the plan needs the Python package {runtime[:40]}, which is not installed",
+            file=plan,
+            remedy=f"{INSTALL.get(runtime, 'build the plan again')}; or use backend native",
+        )
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise DependencyError(f"{runtime} is installed and cannot be loaded: {first_line(error)}", file=plan) from error
 
 
 def _logger(trt: Any) -> Any:
@@ -434,13 +431,4 @@ def _check_signature(trt: Any, engine: Any, file: EngineFile, path: Path) -> Non
                 found=found.get(name, "nothing"),
                 remedy=_REBUILD,
             )
-    shape = file.tensors[EMBEDDING].shape if EMBEDDING in file.tensors else "nothing"
-    if shape != (spec.vocab_size, sum(spec.input_sizes)):
-        raise BackendError(
-            "the embedding is not the one that the header states",
-            file=file.path,
-            place=EMBEDDING,
-            expected=[spec.vocab_size, sum(spec.input_sizes)],
-            found=shape,
-            remedy="export the engine again",
-        )
+    check_embedding(file)

@@ -329,7 +329,7 @@ def test_the_builder_looks_for_no_library_in_the_current_folder(
     script.parent.mkdir()
     script.write_text("import json, os; print(json.dumps({'error': os.environ['LD_LIBRARY_PATH']}))")
     monkeypatch.setattr(plan, "__file__", str(script.with_name("plan.py")))
-    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt_rtx": ("tensorrt_rtx_bindings",)})
+    monkeypatch.setattr(planfile, "PACKAGES", {"tensorrt_rtx": ("tensorrt_rtx_bindings",)})
     for known in (None, "", ":/opt/somewhere:"):
         monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
         if known is not None:
@@ -355,10 +355,12 @@ def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkey
     for arguments, error, words in wrong.values():
         with pytest.raises(error, match=words):
             plan.build_plan(path, **arguments)
-    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("no_such_tensorrt",), "tensorrt_rtx": ("no_such_tensorrt",)})
+    monkeypatch.setattr(
+        planfile, "PACKAGES", {"tensorrt": ("no_such_tensorrt",), "tensorrt_rtx": ("no_such_tensorrt",)}
+    )
     with pytest.raises(DependencyError, match="apt install python3-libnvinfer"):
         plan.build_plan(path, target="local")
-    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
+    monkeypatch.setattr(planfile, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
     with pytest.raises(BackendUnavailableError, match="tools/build_cuda --plugin"):
         plan.build_plan(path, target="rtx", plugin=tmp_path / "none.so", output=tmp_path / "x.plan")
     assert plan_command.TARGETS == plan.TARGETS
@@ -382,7 +384,7 @@ def test_a_builder_that_fails_is_one_line_and_no_file(
     script.parent.mkdir()
     script.write_text(program)
     monkeypatch.setattr(plan, "__file__", str(script.with_name("plan.py")))
-    monkeypatch.setattr(plan, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
+    monkeypatch.setattr(planfile, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
     with pytest.raises(BackendError, match=words) as caught:
         plan.build_plan(engines("7", "int4"), target="rtx", plain=True, output=tmp_path / "x.plan")
     assert "\n" not in str(caught.value)
