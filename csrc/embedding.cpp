@@ -74,6 +74,11 @@ void decode_row(const TensorView& matrix, std::size_t index, float* out) {
                 out[column] = half_to_float(read_as<std::uint16_t>(row + 2 * column));
             }
             return;
+        case Format::kU16:
+            for (std::size_t column = 0; column < k; ++column) {
+                out[column] = static_cast<float>(read_as<std::uint16_t>(row + 2 * column));
+            }
+            return;
         case Format::kBf16:
             for (std::size_t column = 0; column < k; ++column) {
                 out[column] = from_bits(static_cast<std::uint32_t>(read_as<std::uint16_t>(row + 2 * column)) << 16);

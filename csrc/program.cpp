@@ -17,7 +17,7 @@
 namespace goslet {
 namespace {
 
-constexpr std::int64_t kVersion = 2;
+constexpr std::int64_t kVersion = 3;
 constexpr std::size_t kMaxRegisters = 2048;
 constexpr std::size_t kMaxSteps = std::size_t{1} << 16;
 constexpr std::size_t kMaxRegisterSize = std::size_t{1} << 20;
@@ -106,6 +106,9 @@ class Loader {
         }
         std::size_t data_bytes = 0;
         std::size_t scales_bytes = 0;
+        if (tensor.format == Format::kU16 && tensor.layout != TensorLayout::kRows) {
+            throw EngineError("holds places and is not stored in rows", tensor.name);
+        }
         if (tensor.layout == TensorLayout::kRows) {
             data_bytes = rows_data_bytes(tensor.format, tensor.shape);
             scales_bytes = rows_scales_bytes(tensor.group, tensor.shape);
@@ -291,6 +294,88 @@ class Loader {
         return view(stored);
     }
 
+    // A matrix in rows, whose tensor must have `n_rows` of them, and any width up to `max_columns`.
+    const TensorView& rows_of(const Json& step, std::string_view key, const std::string& place, std::size_t n_rows,
+                              std::size_t max_columns) {
+        const std::string at = place + "." + std::string(key);
+        const std::string& name = step.need(key, place).text(at);
+        const auto found = tensors_.find(name);
+        if (found == tensors_.end()) {
+            throw EngineError("a tensor is missing", at, name, "nothing");
+        }
+        const TensorView& stored = *found->second;
+        if (stored.shape.size() != 2 || stored.shape[0] != n_rows || stored.shape[1] > max_columns) {
+            throw EngineError("a tensor has the wrong shape", at + ": " + name,
+                              "[" + std::to_string(n_rows) + ", up to " + std::to_string(max_columns) + "]",
+                              shape_text(stored.shape));
+        }
+        if (stored.layout != TensorLayout::kRows) {
+            throw EngineError("is not stored in rows", at + ": " + name);
+        }
+        return stored;
+    }
+
+    // null, or {up, low, kept, kept_inputs}: a tensor [n_out, rank] and a register of rank numbers, and two tensors
+    // [n_out, kept]; each pair may be null.
+    Residual residual_of(const Json& item, const std::string& place, std::size_t n_out, std::size_t n_in) {
+        const Json& json = item.need("residual", place);
+        Residual residual;
+        if (json.is_null()) {
+            return residual;
+        }
+        const std::string at = place + ".residual";
+        if (!json.need("low", at).is_null()) {
+            residual.low = register_of(json, "low", at);
+            residual.rank = residual.low.size;
+            const TensorView& up = rows_of(json, "up", at, n_out, residual.rank);
+            if (up.shape[1] != residual.rank) {
+                throw EngineError("a tensor has the wrong shape", at + ".up", shape_text({n_out, residual.rank}),
+                                  shape_text(up.shape));
+            }
+            const float* const rows = decoded(up);
+            AlignedArray<float> turned(n_out * residual.rank);
+            for (std::size_t output = 0; output < n_out; ++output) {
+                for (std::size_t index = 0; index < residual.rank; ++index) {
+                    turned.get()[index * n_out + output] = rows[output * residual.rank + index];
+                }
+            }
+            program_.vectors.back() = std::move(turned);
+            residual.up = program_.vectors.back().get();
+        }
+        if (!json.need("kept", at).is_null()) {
+            const TensorView& kept = rows_of(json, "kept", at, n_out, n_in);
+            const TensorView& inputs = rows_of(json, "kept_inputs", at, n_out, n_in);
+            if (inputs.format != Format::kU16 || inputs.shape != kept.shape) {
+                throw EngineError("are not places for the numbers kept", at + ".kept_inputs",
+                                  "u16 " + shape_text(kept.shape), shape_text(inputs.shape));
+            }
+            residual.n_kept = kept.shape[1];
+            // A copy, which stays within bounds whatever becomes of the file.
+            AlignedArray<std::uint16_t> places(n_out * residual.n_kept);
+            std::memcpy(places.get(), inputs.data, inputs.data_bytes);
+            for (std::size_t index = 0; index < n_out * residual.n_kept; ++index) {
+                if (places.get()[index] >= n_in) {
+                    throw EngineError("is not an input", at + ".kept_inputs", "0 to " + std::to_string(n_in - 1),
+                                      std::to_string(places.get()[index]));
+                }
+            }
+            residual.kept_inputs = places.get();
+            program_.places.push_back(std::move(places));
+            residual.kept = decoded(kept);
+        }
+        return residual;
+    }
+
+    // A matrix in rows as float32, which lives as long as the program.
+    const float* decoded(const TensorView& stored) {
+        AlignedArray<float> values(stored.shape[0] * stored.shape[1]);
+        for (std::size_t row = 0; row < stored.shape[0]; ++row) {
+            decode_row(stored, row, values.get() + row * stored.shape[1]);
+        }
+        program_.vectors.push_back(std::move(values));
+        return program_.vectors.back().get();
+    }
+
     std::unique_ptr<Step> read_step(const Json& step, const std::string& place, bool is_last) {
         const std::string& op = step.need("op", place).text(place + ".op");
         if ((op == "logits") != is_last) {
@@ -358,7 +443,7 @@ class Loader {
         }
     }
 
-    // products: [{weight, x, out, bias: tensor or null, activation, combine, operands: [register, …]}, …]
+    // products: [{weight, x, out, residual, bias: tensor or null, activation, combine, operands: [register, …]}, …]
     std::unique_ptr<Step> read_linear(const Json& step, const std::string& place) {
         std::vector<Linear::Product> products;
         const std::vector<Json>& items = step.need("products", place).array(place + ".products");
@@ -372,6 +457,7 @@ class Loader {
             }
             product.out = register_of(item, "out", at);
             product.matrix = matrix_of(item, at, product.out.size, product.x.size);
+            product.residual = residual_of(item, at, product.out.size, product.x.size);
             product.bias = item.need("bias", at).is_null() ? nullptr : vector_of(item, "bias", at, product.out.size);
             product.activation = activation_of(item, at);
             read_combine(item, at, product);
@@ -385,7 +471,8 @@ class Loader {
             n_sums += product.needs_sum() ? 1 : 0;
             for (const Linear::Product& other : products) {
                 const bool is_other = &product != &other;
-                if (product.out.offset == other.x.offset ||
+                const bool feeds_residual = other.residual.rank != 0 && product.out.offset == other.residual.low.offset;
+                if (product.out.offset == other.x.offset || feeds_residual ||
                     (is_other && (product.out.offset == other.out.offset || product.out.offset == other.a.offset ||
                                   product.out.offset == other.b.offset))) {
                     throw EngineError("products of one step touch each other's registers", place + ".products");

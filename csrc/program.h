@@ -26,6 +26,8 @@ struct Program {
     TensorView embedding;
     // Vectors as float32, which the steps point into.
     std::vector<AlignedArray<float>> vectors;
+    // Places of inputs, likewise.
+    std::vector<AlignedArray<std::uint16_t>> places;
 };
 
 // Throws EngineError, or std::bad_alloc.

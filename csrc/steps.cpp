@@ -180,6 +180,29 @@ void NormShift::run(Pass& pass, ThreadPool::Member& member) const {
 
 // ------------------------------------------------------------------------------------------------------------- Linear
 
+void Residual::add(const float* low_row, const float* x, std::size_t n_out, std::size_t begin, std::size_t end,
+                   float* y) const {
+    for (std::size_t index = 0; index < rank; ++index) {
+        const float* const column = up + index * n_out;
+        const float factor = low_row[index];
+        for (std::size_t output = begin; output < end; ++output) {
+            y[output - begin] += column[output] * factor;
+        }
+    }
+    if (n_kept == 0) {
+        return;
+    }
+    for (std::size_t output = begin; output < end; ++output) {
+        const float* const numbers = kept + output * n_kept;
+        const std::uint16_t* const inputs = kept_inputs + output * n_kept;
+        float sum = 0.0F;
+        for (std::size_t index = 0; index < n_kept; ++index) {
+            sum += numbers[index] * x[inputs[index]];
+        }
+        y[output - begin] += sum;
+    }
+}
+
 Linear::Linear(std::vector<Product> products, Needs& needs) : products_(std::move(products)) {
     std::size_t sum_size = 0;
     std::size_t packed = 0;
@@ -295,6 +318,11 @@ void Linear::multiply(const Product& product, std::size_t input, const Pass& pas
     const std::size_t n_outputs = std::min(end_unit * matrix.unit_outputs(), matrix.n_out) - begin;
     for (std::size_t row = 0; row < pass.n_rows; ++row) {
         float* const y = space.row(target, row) + begin;
+        const Residual& residual = product.residual;
+        if (residual.rank != 0 || residual.n_kept != 0) {
+            residual.add(space.row(residual.low, row), space.row(product.x, row), matrix.n_out, begin,
+                         begin + n_outputs, y);
+        }
         if (product.bias != nullptr || product.activation != Activation::kNone) {
             pass.kernels.activate(product.activation, product.bias == nullptr ? nullptr : product.bias + begin,
                                   n_outputs, y);

@@ -155,6 +155,21 @@ class NormShift final : public Step {
     Register normed_;
 };
 
+// What is added to a product's outputs before anything else: up · low + kept · x, where `low` is a register that an
+// earlier step filled, and row o of `kept` holds few numbers, each for the input of x that `kept_inputs` names.
+struct Residual {
+    std::size_t rank = 0;
+    Register low{};             // unused with rank 0
+    const float* up = nullptr;  // (rank, n_out)
+    std::size_t n_kept = 0;
+    const float* kept = nullptr;                 // (n_out, n_kept)
+    const std::uint16_t* kept_inputs = nullptr;  // (n_out, n_kept), each below n_in
+
+    // y[o - begin] += the residual's output o, for the outputs [begin, end) of one row.
+    void add(const float* low_row, const float* x, std::size_t n_out, std::size_t begin, std::size_t end,
+             float* y) const;
+};
+
 // Matrix products that need not wait for each other.
 class Linear final : public Step {
   public:
@@ -162,6 +177,7 @@ class Linear final : public Step {
         Matrix matrix;
         Register x;
         Register out;
+        Residual residual;
         const float* bias;  // or null
         Activation activation;
         Combine combine;

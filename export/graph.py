@@ -264,7 +264,7 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
             continue
         chosen = formats[name]
         stored_shape = tuple(reversed(initializer.dims))
-        initializers += [_external(*item) for item in weight_initializers(name, chosen, stored_shape).items()]
+        initializers += [external_initializer(*item) for item in weight_initializers(name, chosen, stored_shape).items()]
         made = name + FLOAT_SUFFIX
         if chosen.group is not None:
             makers[name] = helper.make_node(
@@ -293,7 +293,7 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
     graph.node.extend(nodes)
 
 
-def _external(name: str, initializer: Initializer) -> TensorProto:
+def external_initializer(name: str, initializer: Initializer) -> TensorProto:
     """An initializer whose data lies outside, in a place that has its name."""
     tensor = TensorProto(
         name=name, data_type=initializer.onnx_type, dims=initializer.shape, data_location=TensorProto.EXTERNAL

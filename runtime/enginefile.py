@@ -33,7 +33,7 @@ from .container import Buffer, Container, Section, align_up, errors_in, read_con
 from .errors import HeaderError, InputError, QuantizationError
 from .layouts import PackedWeight, check_layout, layout_data_bytes, layout_scales_bytes, pack, unpack
 from .output import Path
-from .spec import ModelSpec, StateSpec
+from .spec import RESIDUALS, ModelSpec, StateSpec
 from .weights import EncodedWeight, WeightFormat
 
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
@@ -372,12 +372,12 @@ class EngineFile:
 
     @property
     def n_weights(self) -> int:
-        """Numbers in all tensors."""
-        return sum(math.prod(entry.shape) for entry in self.tensors.values())
+        """Numbers of the model: those of all tensors but residuals, which are part of how numbers are stored."""
+        return sum(math.prod(entry.shape) for name, entry in self.tensors.items() if not name.endswith(RESIDUALS))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a number takes on average over all tensors, scales and padding included."""
+        """Bits that a number takes on average over all tensors, scales, padding and residuals included."""
         stored_bytes = sum(entry.size_bytes + entry.scales_size_bytes for entry in self.tensors.values())
         return 8 * stored_bytes / max(1, self.n_weights)
 

@@ -46,8 +46,8 @@ _CONTRACTIONS = frozenset({
     "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Softmax",
 })  # fmt: skip
 _SHAPES = frozenset({
-    "Concat", "Constant", "Expand", "Flatten", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
+    "Concat", "Constant", "Expand", "Flatten", "Gather", "Reshape", "Shape", "Slice", "Split", "Squeeze",
+    "Transpose", "Unsqueeze",
 })  # fmt: skip
 OPERATORS = _ELEMENTWISE | _CONTRACTIONS | _SHAPES
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = ".scale"
 # TensorProto.DataType of onnx.proto.
-ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22}
-_ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
+ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22, "u16": 4}
+_ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "u16": 16}
 
 
 class Initializer(NamedTuple):

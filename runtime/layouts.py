@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, QuantizationError
-from .weights import SCALE_BYTES, ByteArray, EncodedWeight, Float16Array, WeightFormat
+from .weights import PLACES, SCALE_BYTES, ByteArray, EncodedWeight, Float16Array, WeightFormat
 
 LAYOUTS = ("rows", "tiles", "columns")
 
@@ -91,12 +91,12 @@ def check_layout(fmt: WeightFormat, layout: str, shape: Sequence[int], name: str
         raise QuantizationError(
             "is not a layout", place=name, expected=", ".join(LAYOUTS), found=f"layout {layout!r}"[:100]
         )
-    if layout != "rows" and len(shape) != 2:
+    if layout != "rows" and (len(shape) != 2 or fmt.name == PLACES):
         raise QuantizationError(
             f"cannot be laid out in {layout}",
             place=name,
-            expected="a matrix",
-            found=f"shape {list(shape)}",
+            expected="a matrix of weights",
+            found=f"{fmt} of shape {list(shape)}",
             remedy="lay it out in rows",
         )
 

@@ -20,6 +20,9 @@ MAX_LAYERS = 1 << 10
 STATE_LAYOUT_VERSION = 1
 # The one tensor that is gathered on the host, row by row, instead of being an initializer of the graph.
 EMBEDDING = "emb.weight"
+# How the names of a matrix's residual end (`goslet.residuals`); no version's tensors end so.
+DOWN, UP, KEPT, KEPT_INPUTS = ".down", ".up", ".kept", ".kept_inputs"
+RESIDUALS = (DOWN, UP, KEPT, KEPT_INPUTS)
 
 
 _JSON_NAMES = {int: "a whole number", float: "a number", str: "a text", list: "a list", Mapping: "an object"}

@@ -3,6 +3,7 @@
 A matrix is [out_features N, in_features K] with rows contiguous along K, all bytes little-endian:
 
 - ``f32``, ``f16``, ``bf16``: the numbers one after another, of any shape.
+- ``u16``: places of inputs, from 0 to 65535, likewise; no weight is stored so.
 - ``int8``: one byte a number, from -127 to 127.
 - ``int4``: two's-complement nibbles from -8 to 7, the number with the even index in the low nibble, every row padded
   with zero to whole bytes.
@@ -25,10 +26,12 @@ import numpy.typing as npt
 from .errors import InputError, QuantizationError, TensorValueError
 
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+PLACES = "u16"
 INTEGER_BITS = {"int8": 8, "int4": 4}
 INTEGER_RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 FORMAT_NAMES = (*FLOAT_BYTES, *INTEGER_BITS)
 GROUPS = (32, 64, 128)
+_NUMBER_BYTES = {**FLOAT_BYTES, PLACES: 2}
 SCALE_BYTES = 2
 
 # Numbers that are worked on at once: few enough that a block and its temporaries stay in a core's cache.
@@ -57,7 +60,7 @@ class WeightFormat:
     """A storage format.
 
     Attributes:
-        name: ``f32``, ``f16``, ``bf16``, ``int8`` or ``int4``.
+        name: ``f32``, ``f16``, ``bf16``, ``int8``, ``int4`` or ``u16``.
         group: numbers that share a scale, 32, 64 or 128, for the integer formats; None for the others.
 
     Raises:
@@ -68,7 +71,7 @@ class WeightFormat:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name in FLOAT_BYTES:
+        if self.name in _NUMBER_BYTES:
             if self.group is not None:
                 raise QuantizationError("has no groups", place=f"format {self.name}", found=f"group {self.group}")
         elif self.name not in INTEGER_BITS:
@@ -118,7 +121,7 @@ class WeightFormat:
 
     def row_size_bytes(self, k: int) -> int:
         """Bytes of a row of `k` numbers, without its scales."""
-        return k * FLOAT_BYTES[self.name] if not self.is_integer else -(-k * INTEGER_BITS[self.name] // 8)
+        return k * _NUMBER_BYTES[self.name] if not self.is_integer else -(-k * INTEGER_BITS[self.name] // 8)
 
     def groups(self, k: int) -> int:
         """Scales of a row of `k` numbers."""
@@ -311,6 +314,22 @@ def encode_values(values: Int8Array, scales: Float16Array, fmt: WeightFormat) ->
     return EncodedWeight(fmt, values.shape, _pack(values, fmt), np.ascontiguousarray(scales))
 
 
+def encode_places(places: npt.NDArray[np.integer[Any]]) -> EncodedWeight:
+    """Store places of inputs, whole numbers [N, K] from 0 to 65535, as ``u16``.
+
+    Raises:
+        QuantizationError: there are none, or one is out of range.
+    """
+    fmt = WeightFormat(PLACES)
+    fmt.check_shape(places.shape, "places")
+    if int(places.min()) < 0 or int(places.max()) > 0xFFFF:
+        raise QuantizationError(
+            "is out of range", place="places", expected="0 to 65535", found=f"{places.min()} to {places.max()}"
+        )
+    stored = np.ascontiguousarray(places, "<u2")
+    return EncodedWeight(fmt, places.shape, stored.view(np.uint8), None)
+
+
 def _refuse(
     bad: npt.NDArray[np.bool_],
     block: Float32Array,
@@ -489,7 +508,7 @@ def _decode_rows(fmt: WeightFormat, k: int, data: ByteArray, scales: Float16Arra
         if fmt.name == "bf16":
             wide: Float32Array = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
             return wide
-        return data.view("<f4" if fmt.name == "f32" else "<f2").astype(np.float32)
+        return data.view({"f32": "<f4", "f16": "<f2", PLACES: "<u2"}[fmt.name]).astype(np.float32)
     values = data.view(np.int8) if fmt.name == "int8" else _unpack(data, k)
     spread = np.repeat(scales.astype(np.float32), fmt.group_size, axis=1)[:, :k]
     product: Float32Array = np.multiply(values, spread, dtype=np.float32)

@@ -72,6 +72,8 @@ double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
             return static_cast<std::int8_t>(*data);
         case Format::kInt4:
             return static_cast<double>(*data >> bit % 8 & 15) - 8.0;
+        case Format::kU16:
+            break;
     }
     return 0.0;
 }

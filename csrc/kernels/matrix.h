@@ -28,7 +28,8 @@ constexpr std::size_t kColumnPadding = 32;
 // Rows of activations that one product takes at most; longer prompts and larger batches go in pieces.
 constexpr std::size_t kMaxRows = 64;
 
-enum class Format : std::uint8_t { kF32, kF16, kBf16, kInt8, kInt4 };
+// kU16 are places in another tensor; no product takes it.
+enum class Format : std::uint8_t { kF32, kF16, kBf16, kInt8, kInt4, kU16 };
 enum class Layout : std::uint8_t { kTiles, kColumns };
 
 constexpr std::size_t round_up(std::size_t size, std::size_t multiple) {
@@ -45,6 +46,7 @@ constexpr std::size_t format_bits(Format format) {
             return 32;
         case Format::kF16:
         case Format::kBf16:
+        case Format::kU16:
             return 16;
         case Format::kInt8:
             return 8;

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...spec import ModelSpec
 
-PROGRAM_VERSION = 2
+PROGRAM_VERSION = 3
 
 
 class Program:
@@ -123,6 +123,7 @@ def product(
         "weight": weight,
         "x": x,
         "out": out,
+        "residual": None,
         "bias": bias,
         "activation": activation,
         "combine": combine,

@@ -103,12 +103,12 @@ class Model {
 
     static std::string product(const std::string& weight, const std::string& x, const std::string& out,
                                const std::string& activation, const std::string& combine = "set") {
-        return R"({"weight":")" + weight + R"(","x":")" + x + R"(","out":")" + out + R"(","bias":null,"activation":")" +
+        return R"({"weight":")" + weight + R"(","x":")" + x + R"(","out":")" + out + R"(","residual":null,"bias":null,"activation":")" +
                activation + R"(","combine":")" + combine + R"(","operands":[]})";
     }
 
     void write_program() {
-        program_ = R"({"version":2,"registers":{"x":64,"mixed":64,"r":64,"w":64,"k":64,"v":64,"a":64,"g":64,"y":64,)"
+        program_ = R"({"version":3,"registers":{"x":64,"mixed":64,"r":64,"w":64,"k":64,"v":64,"a":64,"g":64,"y":64,)"
                    R"("first_value":64,"hidden":160},"input":["x"],"steps":[)"
                    R"({"op":"norm_shift","x":"x","norm":"ln1","eps":1e-5,"shift":"att_shift",)"
                    R"("mixes":[{"mix":"mix","out":"mixed"}],"normed":null,"previous":null},)"
