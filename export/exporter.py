@@ -5,31 +5,37 @@ from __future__ import annotations
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from .. import __version__
 from ..chat import BUILT_IN, ChatTemplate, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output
+from ..residuals import with_residuals
 from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode_blocks
 from .adapters import read_adapter
 from .calibration import CALIBRATION_TOKENS, MomentsFile, multiplied, open_moments
 from .checkpoint import Checkpoint, open_checkpoint
+from .compensate import Compensation, compensate
 from .gptq import quantize_matrix
 from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import write_onnx
 from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, recipe
+from .residuals import add_to_graph, add_to_program
 from .sensitivity import losses, output_sensitivities
 from .tuned_state import read_tuned_state, state_matrices
 
@@ -76,6 +82,7 @@ def export_engine(
     calibrate: str | os.PathLike[str] | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     moments: str | os.PathLike[str] | None = None,
+    compensation: Compensation | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     norm_eps: float | None = None,
     state: str | os.PathLike[str] | None = None,
@@ -101,6 +108,8 @@ def export_engine(
         calibrate: a UTF-8 text to calibrate on (`goslet.export.calibration`).
         calibration_tokens: how many of its tokens.
         moments: where what calibration finds is kept. A file that exists there is used, and finished if it is not.
+        compensation: what is put beside quantized matrices to make up for their errors (`goslet.export.compensate`),
+            by the calibration's text.
         tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means the
             one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
             engine that takes and gives token ids only.
@@ -148,7 +157,7 @@ def export_engine(
         raise InputError("is not a positive number", place="norm_eps", expected="a float above 0", found=repr(norm_eps))
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
     calibrated = calibrate is not None or moments is not None
-    by_feedback = _by_feedback(method, bits, chosen, calibrated)
+    by_feedback = _by_feedback(method, bits, chosen, calibrated, compensation)
     conversation = _chat_template(chat, checkpoint)
     change = read_adapter(adapter, alpha)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
@@ -182,15 +191,12 @@ def export_engine(
             graph = trace_step(version, spec, source.rules, formats)
             check_graph(graph)
             report_progress("tracing", 1, 1)
-            write_engine(
-                path,
+            write = partial(
+                write_engine,
                 spec=spec,
                 state_spec=state_spec,
                 model_id=model_id,
-                graph=graph.SerializeToString(deterministic=True),
                 graph_info={"format": "onnx", "opset": OPSET},
-                tensors=_tensors(source, formats, seen if by_feedback else None, report_progress),
-                program=version.program(spec).to_bytes(),
                 initial_state=initial_state,
                 chat=conversation,
                 tokenizer=None if vocabulary is None else (vocabulary.kind, vocabulary.to_bytes()),
@@ -204,9 +210,27 @@ def export_engine(
                     **({} if alpha is None else {"alpha": alpha}),
                     **({} if seen is None else {"calibration_tokens": seen.tokens.size}),
                     **({"method": GPTQ} if by_feedback else {}),
+                    **({} if compensation is None else {"compensation": compensation.to_json()}),
                 },
-                overwrite=overwrite,
             )
+            tensors = _tensors(source, formats, seen if by_feedback else None, report_progress)
+            program = version.program(spec).to_bytes()
+            if compensation is None:
+                content = graph.SerializeToString(deterministic=True)
+                write(path, graph=content, tensors=tensors, program=program, overwrite=overwrite)
+            else:
+                tokens = None if seen is None else seen.tokens
+                with _plain_engine(write, path, graph, tensors, program) as plain:
+                    residuals = compensate(plain, source, tokens, compensation, report_progress)
+                    add_to_graph(graph, residuals)
+                    check_graph(graph)
+                    write(
+                        path,
+                        graph=graph.SerializeToString(deterministic=True),
+                        tensors=with_residuals(plain, residuals),
+                        program=add_to_program(program, residuals),
+                        overwrite=overwrite,
+                    )
     with EngineFile.open(path) as engine:
         if onnx is not None:
             report_progress("writing ONNX", 0, 1)
@@ -224,26 +248,48 @@ def export_engine(
         )
 
 
-def _by_feedback(method: str | None, bits: float | None, chosen: Recipe, calibrated: bool) -> bool:
+@contextmanager
+def _plain_engine(
+    write: Callable[..., None],
+    path: str | os.PathLike[str],
+    graph: ModelProto,
+    tensors: list[TensorSource],
+    program: bytes,
+) -> Iterator[EngineFile]:
+    """The engine without residuals, in a hidden folder beside `path` while it is used."""
+    name = Path(path).name[:48]
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=Path(path).resolve().parent) as folder:
+        place = Path(folder) / "plain.goslet"
+        content = graph.SerializeToString(deterministic=True)
+        write(place, graph=content, tensors=tensors, program=program, overwrite=False)
+        with EngineFile.open(place) as plain:
+            yield plain
+
+
+def _by_feedback(
+    method: str | None, bits: float | None, chosen: Recipe, calibrated: bool, compensation: Compensation | None
+) -> bool:
     """Whether errors are fed back; what needs a calibration has one, and a calibration has a use."""
     if method not in (None, RTN, GPTQ):
         raise InputError("no such method", place="method", expected=f"{RTN} or {GPTQ}", found=repr(method))
     if bits is not None and not (isinstance(bits, int | float) and math.isfinite(bits) and bits > 0):
         raise InputError("is not a positive number", place="bits", expected="a number above 0", found=repr(bits))
     needed = "bits" if bits is not None else f"method {GPTQ}" if method == GPTQ else None
+    if needed is None and compensation is not None and compensation.needs_text:
+        needed = "compensation"
     if needed and not calibrated:
         raise InputError(
             "needs a calibration", place=needed, remedy="give a text (--calibrate) or a moments file (--moments)"
         )
     integers = any(fmt.is_integer for fmt in [*chosen.by_kind.values(), *chosen.by_name.values()])
-    if calibrated and bits is None and (method == RTN or not integers):
+    if calibrated and bits is None and compensation is None and (method == RTN or not integers):
         raise InputError(
             "would change nothing",
             place="calibration",
             found=f"method {RTN}" if integers else chosen.name,
             remedy="leave it out, or choose int8, int4 or a number of bits and the method gptq",
         )
-    return calibrated and method != RTN
+    return calibrated and method != RTN and (bits is not None or integers)
 
 
 def _bought(

@@ -264,7 +264,9 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
             continue
         chosen = formats[name]
         stored_shape = tuple(reversed(initializer.dims))
-        initializers += [external_initializer(*item) for item in weight_initializers(name, chosen, stored_shape).items()]
+        initializers += [
+            external_initializer(*item) for item in weight_initializers(name, chosen, stored_shape).items()
+        ]
         made = name + FLOAT_SUFFIX
         if chosen.group is not None:
             makers[name] = helper.make_node(

@@ -14,6 +14,8 @@
   nearest and then with a subtractive dither, which errs as much and independently. `ACTIVATION_FACTOR` times the
   largest of these is allowed on top of `FLOAT_LIMIT`. One draw is too few: the error of a small state's largest number
   is above twice another draw's about once in a thousand.
+- Residuals (`goslet.export.compensate`) make up for what storing takes, so none is larger, as a part of the matrix's
+  norm, than `RESIDUAL_FACTOR` times the most that its format explains: what the matrices before took may come on top.
 
 What quantization costs against the checkpoint's own weights is reported and not judged.
 """
@@ -34,8 +36,9 @@ from torch import Tensor
 from ..backends import Rounding
 from ..backends.ort import OrtBackend
 from ..enginefile import EngineFile
+from ..residuals import effective_weight, residual_of
 from ..session import Engine, Session, open_engine
-from ..spec import EMBEDDING, ModelSpec
+from ..spec import EMBEDDING, RESIDUALS, ModelSpec
 from ..tokenizer import Tokenizer
 from ..weights import INTEGER_RANGES, WeightFormat, decode
 from .adapters import read_adapter
@@ -48,6 +51,7 @@ from .quantize import GPTQ
 FLOAT_LIMIT = 3e-5
 ACTIVATION_FACTOR = 2.0
 ROUNDINGS = 3
+RESIDUAL_FACTOR = 2.0
 N_TOKENS = 64
 MODEL_ID = "model id"
 SAMPLE = (
@@ -208,11 +212,11 @@ def verify_engine(
         report_progress("stepping", 0, 5)
         found = _run_session(opened.session(), tokens)
         report_progress("stepping", 1, 5)
-        own = {name: torch.from_numpy(decode(file.weight(name))) for name in file.tensors}
+        own = {rule.name: torch.from_numpy(effective_weight(file, rule.name)) for rule in source.rules}
         start = _initial_state(file)
         expected = _run_torch(version, spec, EagerOps(own), start, tokens)
         report_progress("stepping", 2, 5)
-        rounding = {name: opened.backend.activation_rounding(entry.format) for name, entry in file.tensors.items()}
+        rounding = {name: opened.backend.activation_rounding(file.tensors[name].format) for name in own}
         rounded = [
             _run_torch(version, spec, _RoundedActivationOps(own, rounding, draw), start, tokens)
             for draw in range(ROUNDINGS if any(rounding.values()) else 0)
@@ -234,7 +238,8 @@ def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
     same = {
         "dimensions": source.spec == file.spec,
         "state": source.version.state_spec(source.spec) == file.state_spec,
-        "tensors": shapes == {name: entry.shape for name, entry in file.tensors.items()},
+        "tensors": shapes
+        == {name: entry.shape for name, entry in file.tensors.items() if not name.endswith(RESIDUALS)},
         MODEL_ID: source.model_id() == file.model_id,
     }
     return tuple(name for name, equal in same.items() if not equal)
@@ -255,6 +260,13 @@ def _weight_checks(file: EngineFile, source: Checkpoint) -> list[Check]:
     for rule in source.rules:
         original = source.tensor(rule)
         stored = file.weight(rule.name)
+        residual = residual_of(file, rule.name)
+        if residual is not None:
+            added = torch.from_numpy(residual.added_to(np.zeros(rule.shape, np.float32)))
+            share = float(added.norm() / (original.norm() or 1.0))
+            _keep_worst(
+                worst, Check(f"residuals {stored.format}", share, RESIDUAL_FACTOR * weight_limit(stored.format))
+            )
         if fed_back and stored.format.is_integer and rule.name in multiplied_names:
             found = neighbours(original, stored)
             _keep_worst(worst, Check(f"integers {stored.format}", found.distance, 1.0))

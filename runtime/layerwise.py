@@ -35,6 +35,7 @@ class LayerwiseReader:
     Args:
         file: an engine with a program; it must stay open.
         tokens: integers [L, T]: L texts side by side, each from the engine's fresh state.
+        embedded: float32 [L · T, size], other rows for the tokens than the engine's embedding has; None for its own.
 
     Attributes:
         registers: float32 [L · T, size] by name, as they are after the last step.
@@ -44,7 +45,9 @@ class LayerwiseReader:
         InputError: there are no tokens, or some are outside the vocabulary.
     """
 
-    def __init__(self, file: EngineFile, tokens: NDArray[np.integer[Any]]) -> None:
+    def __init__(
+        self, file: EngineFile, tokens: NDArray[np.integer[Any]], embedded: Float32Array | None = None
+    ) -> None:
         if file.program_bytes is None:
             raise HeaderError("the engine has no program", file=file.path, remedy="export it again with this goslet")
         if tokens.ndim != 2 or tokens.size == 0:
@@ -63,7 +66,7 @@ class LayerwiseReader:
         self._fresh = file.initial_state or {
             tensor.name: np.full(tensor.shape, tensor.init, np.float32) for tensor in file.state_spec.tensors
         }
-        rows = decode_rows(file.weight(EMBEDDING), tokens.reshape(-1))
+        rows = decode_rows(file.weight(EMBEDDING), tokens.reshape(-1)) if embedded is None else embedded
         sizes = [program["registers"][name] for name in program["input"]]
         pieces = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
         self.registers: dict[str, Float32Array] = dict(zip(program["input"], pieces, strict=True))

@@ -12,7 +12,9 @@ absent. They lie in the engine as tensors named after the matrix:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from .enginefile import EngineFile, TensorSource
 from .errors import InputError
-from .spec import DOWN, KEPT, KEPT_INPUTS, UP
+from .spec import DOWN, KEPT, KEPT_INPUTS, RESIDUALS, UP
 from .weights import WeightFormat, decode, encode, encode_places
 
 Float32Array = NDArray[np.float32]
@@ -54,7 +56,9 @@ class Residual:
         if pair and self.kept is not None and self.kept_inputs is not None:
             pair = self.kept.ndim == 2 and self.kept.shape == self.kept_inputs.shape
         if not pair:
-            raise InputError("is not a residual's", place="shapes", expected="[rank, in] and [out, rank], [out, n] twice")
+            raise InputError(
+                "is not a residual's", place="shapes", expected="[rank, in] and [out, rank], [out, n] twice"
+            )
 
     @property
     def rank(self) -> int:
@@ -105,7 +109,10 @@ def residual_of(file: EngineFile, name: str) -> Residual | None:
 
     kept_inputs = read(KEPT_INPUTS, KEPT)
     residual = Residual(
-        read(DOWN, UP), read(UP, DOWN), read(KEPT, KEPT_INPUTS), None if kept_inputs is None else kept_inputs.astype(int)
+        read(DOWN, UP),
+        read(UP, DOWN),
+        read(KEPT, KEPT_INPUTS),
+        None if kept_inputs is None else kept_inputs.astype(int),
     )
     return residual if residual.rank or residual.kept is not None else None
 
@@ -115,6 +122,18 @@ def effective_weight(file: EngineFile, name: str) -> Float32Array:
     weight = decode(file.weight(name))
     residual = residual_of(file, name)
     return weight if residual is None else residual.added_to(weight)
+
+
+def with_residuals(file: EngineFile, residuals: Mapping[str, Residual]) -> list[TensorSource]:
+    """An engine's tensors, to be written again: each matrix with its residual in `residuals`, and no other residual."""
+    sources = []
+    for name, entry in file.tensors.items():
+        if not name.endswith(RESIDUALS):
+            produce = partial(file.weight, name)
+            sources.append(TensorSource(name, entry.format, entry.shape, produce, entry.layout))
+            if name in residuals:
+                sources += tensor_sources(name, residuals[name])
+    return sources
 
 
 def tensor_sources(name: str, residual: Residual) -> list[TensorSource]:

@@ -19,8 +19,10 @@ SUGGESTED_TOKENIZERS = {
     65536: "RWKV World models: for text, export again with --tokenizer world --force",
     50277: "RWKV-4 Pile models: for text, export again with --tokenizer 20B_tokenizer.json --force",
 }
-# As goslet.export.calibration has it, which is not imported for --help.
+# As goslet.export.calibration and goslet.export.compensate have them, which are not imported for --help.
 CALIBRATION_TOKENS = 8192
+LOW_RANK_METHODS = ("svd", "weighted", "drift", "sensing", "zero")
+SPARSE_METHODS = ("magnitude", "weighted", "l1", "flow")
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 
@@ -61,6 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="round to the nearest, or feed errors back (default: gptq with a calibration, else rtn)",
     )
     parser.add_argument(
+        "--low-rank",
+        type=_low_rank,
+        metavar="R[:METHOD]",
+        help="put a residual of rank R beside each matrix: svd, weighted, drift (default), sensing, or zero, room for "
+        "goslet recalibrate",
+    )
+    parser.add_argument(
+        "--sparse",
+        type=_sparse,
+        metavar="P[:METHOD]",
+        help="and one of a share P of its numbers: magnitude, weighted, l1 (default) or flow",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
     )
     parser.add_argument(
@@ -82,6 +97,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
+def _low_rank(text: str) -> tuple[int, str]:
+    number, _, method = text.partition(":")
+    return whole_number(1)(number), _one_of(method or "drift", LOW_RANK_METHODS)
+
+
+def _sparse(text: str) -> tuple[float, str]:
+    number, _, method = text.partition(":")
+    share = positive_number(number)
+    if share >= 0.5:
+        raise argparse.ArgumentTypeError(f"expected a share of the numbers, below 0.5, found {number!r}")
+    return share, _one_of(method or "l1", SPARSE_METHODS)
+
+
+def _one_of(name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, found {name!r}")
+    return name
+
+
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
     if args.bits is not None and args.group is not None:
@@ -93,7 +127,13 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             check_output(output, overwrite=args.force)  # before the seconds that importing torch takes
     need_export_packages()
     from ..export import export_engine
+    from ..export.compensate import Compensation
 
+    compensation = None
+    if args.low_rank or args.sparse:
+        rank, low_rank = args.low_rank or (0, "drift")
+        share, sparse = args.sparse or (0.0, "l1")
+        compensation = Compensation(rank, low_rank, share, sparse)
     with console.progress() as progress:
         report = export_engine(
             args.checkpoint,
@@ -105,6 +145,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             calibrate=args.calibrate,
             calibration_tokens=args.calibration_tokens or CALIBRATION_TOKENS,
             moments=args.moments,
+            compensation=compensation,
             tokenizer=args.tokenizer,
             norm_eps=args.norm_eps,
             state=args.state,
