@@ -43,11 +43,13 @@ from ..errors import ConvergenceError, InputError, NonFiniteError
 from ..layerwise import Float32Array, LayerwiseReader
 from ..residuals import Residual
 from ..weights import decode
-from .calibration import EmbeddedTokens, held_out_chunks
+from .calibration import EmbeddedTokens
+from .calibration_text import held_out_chunks
 from .checkpoint import Checkpoint
 from .models.tensors import Kind, TensorRule
+from .recalibration import HELD_OUT_SKETCHES, descend, token_weights
 from .solvers.diagonal_network import limit
-from .solvers.matrix_sensing import Sketches, recover
+from .solvers.matrix_sensing import Sketches
 
 LOW_RANK_METHODS = ("svd", "weighted", "drift", "sensing", "zero")
 SPARSE_METHODS = ("magnitude", "weighted", "l1", "flow")
@@ -61,11 +63,6 @@ _DAMPINGS = (0.01, 0.1, 1.0)
 # The lasso: rounds of descent (FISTA), and in how many steps its penalty falls.
 _LASSO_STEPS = 60
 _LASSO_PENALTIES = 6
-# Descent from sketches: how many a step, how many held out, and how far and often it steps.
-_SKETCHES = 1024
-_HELD_OUT_SKETCHES = 4096
-_SKETCH_RATE = 0.1
-_SKETCH_STEPS = 300
 # The diagonal network: its depth and start, and inputs per number that is sought.
 _DEPTH = 3.0
 _ALPHA = 1e-3
@@ -274,14 +271,16 @@ class _Task:
             left = rng.standard_normal((count, missing.shape[1]))
             return Sketches(left, inputs[tokens], np.sum(left * missing[tokens], 1))
 
-        inputs, missing = whitened(self.inputs), self.missing.numpy()
-        apart = sketches(whitened(self.held_inputs), self.held_missing.numpy(), _HELD_OUT_SKETCHES)
+        inputs = whitened(self.inputs)
+        weights = token_weights(inputs)[:, None]
+        inputs, missing = inputs * weights, self.missing.numpy() * weights
+        apart = sketches(whitened(self.held_inputs), self.held_missing.numpy(), HELD_OUT_SKETCHES)
         if not apart.values.any():
             return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
-        recovery = recover(
-            lambda step: sketches(inputs, missing, _SKETCHES),
-            rank, apart, rate=_SKETCH_RATE, steps=_SKETCH_STEPS, patience=_SKETCH_STEPS, seed=SEED,
-        )  # fmt: skip
+        try:
+            recovery = descend(lambda count: sketches(inputs, missing, count), rank, apart, None, SEED)
+        except ConvergenceError:
+            return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
         down = torch.linalg.solve_triangular(factor, torch.from_numpy(recovery.right).float(), upper=False, left=False)
         return down, torch.from_numpy(recovery.left).float()
 

@@ -27,7 +27,8 @@ from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
 from ..weights import EncodedWeight, WeightFormat, encode_blocks
 from .adapters import read_adapter
-from .calibration import CALIBRATION_TOKENS, MomentsFile, multiplied, open_moments
+from .calibration import MomentsFile, multiplied, open_moments
+from .calibration_text import CALIBRATION_TOKENS
 from .checkpoint import Checkpoint, open_checkpoint
 from .compensate import Compensation, compensate
 from .gptq import quantize_matrix

@@ -31,13 +31,8 @@ import torch
 from torch import Tensor
 
 from goslet.export import Recipe, recipe
-from goslet.export.calibration import (
-    CALIBRATION_TOKENS,
-    MomentsFile,
-    calibration_tokens,
-    collect_moments,
-    multiplied,
-)
+from goslet.export.calibration import MomentsFile, collect_moments, multiplied
+from goslet.export.calibration_text import CALIBRATION_TOKENS, calibration_tokens
 from goslet.export.checkpoint import Checkpoint, open_checkpoint
 from goslet.export.gptq import quantize_matrix, search_scales, spread
 from goslet.export.models.blocks import EagerOps, token_pieces

@@ -106,6 +106,7 @@ def recover(
     held_out: Sketches,
     *,
     init: float = 1e-3,
+    start: tuple[Array, Array] | None = None,
     rate: float = 0.25,
     steps: int = 2000,
     patience: int | None = None,
@@ -123,6 +124,7 @@ def recover(
         init: the factors' spectral norm at the start, relative to the root of that of X. It is taken from S, the
             spectral norm of the mean of y psi phi^T over the first batch, divided by the mean squares of the vectors'
             numbers: right for independent ones in a large batch, and too large in a small one.
+        start: D and C to begin with in place of small random ones.
         rate: the step length in units of 1/S.
         steps: descent steps.
         patience: end when the held-out loss has found no new minimum for so many steps, and give the factors of the
@@ -158,8 +160,18 @@ def recover(
     size = _spectral_norm(batch, rng)
     if size == 0:
         raise InputError("every sketch is zero", place="sketches", expected="values that differ from zero")
-    scale = init * math.sqrt(size / float(np.mean(batch.left**2) * np.mean(batch.right**2)))
-    left, right = _normal_matrix(rng, n1, rank, scale), _normal_matrix(rng, rank, n2, scale)
+    if start is None:
+        scale = init * math.sqrt(size / float(np.mean(batch.left**2) * np.mean(batch.right**2)))
+        left, right = _normal_matrix(rng, n1, rank, scale), _normal_matrix(rng, rank, n2, scale)
+    else:
+        left, right = (np.asarray(factor, np.float64) for factor in start)
+        if left.shape != (n1, rank) or right.shape != (rank, n2):
+            raise InputError(
+                "the factors do not go with the sketches",
+                place="start",
+                expected=f"{[n1, rank]} and {[rank, n2]}",
+                found=f"{list(left.shape)} and {list(right.shape)}",
+            )
     length = rate / size
     energy = float(np.mean(held_out.values**2)) or 1.0
 

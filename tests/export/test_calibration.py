@@ -26,7 +26,8 @@ from goslet.errors import (  # noqa: E402
     WrongMagicError,
 )
 from goslet.export import calibration, export_engine  # noqa: E402
-from goslet.export.calibration import MomentsFile, calibration_tokens, collect_moments, multiplied  # noqa: E402
+from goslet.export.calibration import MomentsFile, collect_moments, multiplied  # noqa: E402
+from goslet.export.calibration_text import calibration_tokens  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.models.blocks import EagerOps, token_pieces  # noqa: E402
 from goslet.export.verify import verify_engine  # noqa: E402
