@@ -264,12 +264,13 @@ class _Task:
         rng = np.random.default_rng(SEED)
 
         def whitened(inputs: Tensor) -> Float32Array:
-            return torch.linalg.solve_triangular(factor, inputs.T, upper=False).T.numpy()
+            rows: Float32Array = torch.linalg.solve_triangular(factor, inputs.T, upper=False).T.numpy()
+            return rows
 
         def sketches(inputs: Float32Array, missing: Float32Array, count: int) -> Sketches:
             tokens = rng.integers(0, len(inputs), count)
             left = rng.standard_normal((count, missing.shape[1]))
-            return Sketches(left, inputs[tokens], np.sum(left * missing[tokens], 1))
+            return Sketches(left, inputs[tokens].astype(np.float64), np.sum(left * missing[tokens], 1))
 
         inputs = whitened(self.inputs)
         weights = token_weights(inputs)[:, None]
@@ -302,7 +303,7 @@ class _Task:
         wanted = (self.error @ moments).gather(1, inputs)
         values = torch.cat([
             torch.linalg.solve(moments[places.unsqueeze(2), places.unsqueeze(1)], right)
-            for places, right in zip(inputs.split(64), wanted.split(64), strict=True)
+            for places, right in zip(torch.split(inputs, 64), torch.split(wanted, 64), strict=True)
         ])  # fmt: skip
         return Residual(None, None, values.numpy(), inputs.numpy())
 
@@ -346,9 +347,12 @@ class _Task:
 
 def _factor(moments: Tensor, damping: float) -> Tensor:
     """The lower Cholesky factor of the moments with so much of their mean added to the diagonal, or more if need be."""
+    if not torch.isfinite(moments).all():
+        raise NonFiniteError("the squares of the engine's activations are beyond float32", place="compensation")
     while True:
         damped = moments.clone()
         damped.diagonal().add_(damping * (float(moments.diagonal().mean()) or 1.0))
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor

@@ -3,9 +3,9 @@
 `sketch` reads a text with a reference engine and keeps, of the outputs y of every matrix and for every token, a few
 scalars ψᵀy with random signs ψ, which a seed gives again: a file of some megabytes without a weight in it.
 `recalibrate` reads the same text with a deployed engine. At a matrix stored as Q, given x̂, the scalars ψᵀy - ψᵀQ·x̂ are
-sketches of the residual that is missing there, by the matrices ψ·x̂ᵀ; factorized gradient descent recovers it from them (Wind 2023;
-`goslet.export.solvers.matrix_sensing`). Neither the checkpoint nor torch is needed, and besides the text's activations
-a layer takes the memory of its factors, O(rank · (in + out)), of a batch of sketches, and of Q itself.
+sketches of the residual that is missing there, by the matrices ψ·x̂ᵀ; factorized gradient descent recovers it from them
+(Wind 2023; `goslet.export.solvers.matrix_sensing`). Neither the checkpoint nor torch is needed, and besides the text's
+activations a layer takes the memory of its factors, O(rank · (in + out)), of a batch of sketches, and of Q itself.
 
 The solution is held to sketches that descent does not see: where it does not lessen what is left of them, a matrix
 keeps the residual that it has. A residual that is truly of low rank, such as what a fine-tuned reference has over the
@@ -42,9 +42,9 @@ SKETCHES_PER_TOKEN = 4
 MAX_SKETCHES_PER_TOKEN = 256
 MAX_SEED = 2**32 - 1
 
-# Descent: the first step's sketches, by which it measures the matrix, those of the others, and those held out; how small
-# it begins, how far and how often it steps. Found on the demonstration model: half of the rate comes less far, and with
-# twice of it matrices with heavy-tailed inputs diverge.
+# Descent: the first step's sketches, by which it measures the matrix, those of the others, and those held out; how
+# small it begins, how far and how often it steps. Found on the demonstration model: half of the rate comes less far, and
+# with twice of it matrices with heavy-tailed inputs diverge.
 _FIRST_BATCH = 4096
 _BATCH = 512
 HELD_OUT_SKETCHES = 2048
@@ -326,7 +326,8 @@ class _Fit:
 
     def residual_outputs(self, x: Float32Array) -> Float32Array:
         assert self.residual.down is not None and self.residual.up is not None
-        return (x @ self.residual.down.T) @ self.residual.up.T
+        outputs: Float32Array = (x @ self.residual.down.T) @ self.residual.up.T
+        return outputs
 
 
 def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Residual) -> _Fit:
@@ -346,13 +347,13 @@ def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Res
     rng = np.random.default_rng(seen.seed)
 
     def sketches(rows: NDArray[np.intp]) -> Sketches:
-        return Sketches(_plus_minus(signs[rows], y.shape[1]), scaled[rows // per_token], values[rows])
+        return _sketches(_plus_minus(signs[rows], y.shape[1]), scaled[rows // per_token], values[rows])
 
     def batch(count: int) -> Sketches:
         rows = rng.choice(free, min(len(free), count), replace=False)
         weight = weights[rows // per_token]
         left = _plus_minus(signs[rows], y.shape[1])
-        return Sketches(left, weight[:, None] * scaled[rows // per_token], weight * values[rows])
+        return _sketches(left, weight[:, None] * scaled[rows // per_token], weight * values[rows])
 
     free, held = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     held_out = sketches(rng.choice(held, min(len(held), HELD_OUT_SKETCHES), replace=False))
@@ -374,6 +375,10 @@ def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Res
         if left < least:
             best, least = residual, left
     return _Fit(best, plain, before, least)
+
+
+def _sketches(left: Float32Array, right: Float32Array, values: Float32Array) -> Sketches:
+    return Sketches(left.astype(np.float64), right.astype(np.float64), values.astype(np.float64))
 
 
 def token_weights(inputs: Float32Array) -> Float32Array:

@@ -115,7 +115,7 @@ def add_to_program(program: bytes, residuals: Mapping[str, Residual]) -> bytes:
     value = json.loads(program)
     steps: list[dict[str, Any]] = []
     for step in value["steps"]:
-        downs = []
+        downs: list[dict[str, Any]] = []
         for product in step["products"] if step["op"] == "linear" else ():
             name = product["weight"]
             residual = residuals.get(name)
@@ -138,4 +138,4 @@ def add_to_program(program: bytes, residuals: Mapping[str, Residual]) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-_PLAIN = {"residual": None, "bias": None, "activation": "none", "combine": "set", "operands": []}
+_PLAIN: dict[str, Any] = {"residual": None, "bias": None, "activation": "none", "combine": "set", "operands": []}

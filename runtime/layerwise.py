@@ -179,14 +179,15 @@ class LayerwiseReader:
         v = value.reshape(r.shape)
         kappa = key * self._vector(step["k_k"]).reshape(-1, n)
         kappa /= np.maximum(np.sqrt((kappa * kappa).sum(-1, keepdims=True)), _KEY_NORM_FLOOR)
+        removing = kappa * a
         k = key * (1 + (a - 1) * self._vector(step["k_a"]).reshape(-1, n))
         state = np.tile(self._fresh[step["state"]], (self._lanes, 1, 1, 1))
         y = np.empty_like(v)
-        for position in range(v.shape[1]):
+        for position in range(r.shape[1]):
             removed = state @ kappa[:, position, :, :, None]
             state = (
                 state * w[:, position, :, None, :]
-                - removed * (kappa * a)[:, position, :, None, :]
+                - removed * removing[:, position, :, None, :]
                 + v[:, position, :, :, None] * k[:, position, :, None, :]
             )
             y[:, position] = (state @ r[:, position, :, :, None])[..., 0]
@@ -199,13 +200,15 @@ class LayerwiseReader:
 def _normalized(x: Float32Array, eps: float) -> Float32Array:
     centred = x - x.mean(-1, keepdims=True)
     centred /= np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(eps))
-    return centred
+    normed: Float32Array = centred
+    return normed
 
 
 def _sigmoid(x: Float32Array) -> Float32Array:
     # Both ways of writing it, so that neither exponential overflows.
     small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+    result: Float32Array = np.where(x >= 0, 1 / (1 + small), small / (1 + small))
+    return result
 
 
 # The formulas of csrc/kernels/kernels.h.

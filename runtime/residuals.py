@@ -65,17 +65,6 @@ class Residual:
         """Columns of `up`; 0 where there are none."""
         return 0 if self.down is None else len(self.down)
 
-    def outputs(self, x: Float32Array) -> Float32Array | float:
-        """What is added to the outputs of inputs x [N, in]: [N, out], or 0 where there is nothing to add."""
-        total: Float32Array | float = 0.0
-        if self.down is not None and self.up is not None:
-            total = (x @ self.down.T) @ self.up.T
-        if self.kept is not None and self.kept_inputs is not None:
-            # One number of every output at a time: all at once would take n times the outputs' memory.
-            for numbers, inputs in zip(self.kept.T, self.kept_inputs.T, strict=True):
-                total = total + x[:, inputs] * numbers
-        return total
-
     def added_to(self, matrix: Float32Array) -> Float32Array:
         """The matrix [out, in] that has the same outputs by itself."""
         total = matrix
