@@ -289,12 +289,15 @@ def llama_rows(
 
 def matched_methods(rows: Sequence[Row]) -> list[Method]:
     """Budgets of exactly the bytes that llama.cpp's files take, rounded down to a thousandth of a bit."""
-    sizes = {row.name.partition(",")[0]: row.bits_per_weight for row in rows if row.program == "llama.cpp"}
+    kinds: dict[float, list[str]] = {}
+    for row in rows:
+        kind = row.name.partition(",")[0]
+        bits = math.floor(1000 * row.bits_per_weight) / 1000
+        if row.program == "llama.cpp" and kind in MATCHED and kind not in kinds.get(bits, []):
+            kinds.setdefault(bits, []).append(kind)
     return [
-        Method(f"--bits {bits:g}, {kind}'s size", {"bits": bits}, True)
-        for kind in MATCHED
-        if kind in sizes
-        for bits in [math.floor(1000 * sizes[kind]) / 1000]
+        Method(f"--bits {bits:g}, the size of {' and '.join(same)}", {"bits": bits}, True)
+        for bits, same in kinds.items()
     ]
 
 
@@ -309,12 +312,17 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[str, bool | None]]:
     rival = next((row for row in rows if row.name == "Q4_K_M, importance matrix"), None)
     beaten = None
     if rival is not None:
-        beaten = any(row.size_bytes <= rival.size_bytes and row.bits_per_byte <= rival.bits_per_byte for row in ours)
+        beaten = any(
+            row.size_bytes <= rival.size_bytes
+            and row.bits_per_byte <= rival.bits_per_byte
+            and row.divergence <= rival.divergence
+            for row in ours
+        )
     int8 = [row for row in ours if row.name.startswith("int8")]
     three = [row for row in ours if row.bits_per_weight <= 3.5]
     return [
         ("the best of at most 4.5 bits costs at most 1.0%", None if best is None else best.more_than_f32 <= 0.01),
-        ("at no more bytes than Q4_K_M with an importance matrix, goslet costs no more", beaten),
+        ("at no more bytes than Q4_K_M with an importance matrix, a row costs and diverges no more", beaten),
         ("int8 costs at most 0.1%", all(row.more_than_f32 <= 0.001 for row in int8) if int8 else None),
         (
             "the best of at most 3.5 bits costs at most 4%",

@@ -65,8 +65,8 @@ def test_lanes_begin_where_documents_do() -> None:
         quality.cut_lanes(range(127), 0)
 
 
-def row(name: str, program: str, size_bytes: int, bits: float, more: float) -> Row:
-    return Row(name, program, size_bytes, bits, bits_per_byte=1 + more, more_than_f32=more)
+def row(name: str, program: str, size_bytes: int, bits: float, more: float, divergence: float = 0.01) -> Row:
+    return Row(name, program, size_bytes, bits, bits_per_byte=1 + more, more_than_f32=more, divergence=divergence)
 
 
 def test_verdicts_compare_at_equal_bytes() -> None:
@@ -74,13 +74,17 @@ def test_verdicts_compare_at_equal_bytes() -> None:
     smaller, larger = row("int4", "goslet", 1000, 4.5, 0.004), row("int4 group 32", "goslet", 1001, 5.1, 0.001)
     assert [held for _, held in quality.verdicts([smaller, rival])] == [True, True, None, None]
     assert [held for _, held in quality.verdicts([larger, rival])] == [None, False, None, None]
+    unlike = row("int4", "goslet", 1000, 4.5, 0.004, divergence=0.011)
+    assert [held for _, held in quality.verdicts([unlike, rival])] == [True, False, None, None]
     wrong = [row("int8 group 32", "goslet", 2000, 8.5, 0.0011), row("int3", "goslet", 700, 3.5, 0.05)]
     assert [held for _, held in quality.verdicts(wrong)] == [False, None, False, False]
 
 
 def test_budgets_are_no_larger_than_the_files_that_they_are_compared_with() -> None:
-    rows = [row("Q4_K_M", "llama.cpp", 1, 5.12345, 0), row("F16", "llama.cpp", 1, 16.3, 0)]
-    assert quality.matched_methods(rows) == [Method("--bits 5.123, Q4_K_M's size", {"bits": 5.123}, True)]
+    rows = [row(name, "llama.cpp", 1, 5.12345, 0) for name in ("Q4_0", "Q4_K_M", "Q4_K_M, importance matrix")]
+    rows += [row("F16", "llama.cpp", 1, 16.3, 0), row("Q4_0", "goslet", 1, 4.5, 0)]
+    (method,) = quality.matched_methods(rows)
+    assert method == Method("--bits 5.123, the size of Q4_0 and Q4_K_M", {"bits": 5.123}, True)
 
 
 def test_what_cannot_be_had_is_named(
@@ -137,7 +141,7 @@ def test_a_whole_run(
     ours, theirs = rows["goslet f16"], rows["llama.cpp F16"]
     assert theirs["bits_per_byte"] == pytest.approx(ours["bits_per_byte"], rel=1e-3)
     assert theirs["lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-2)
-    (matched,) = [row for name, row in rows.items() if "Q4_0's size" in name]
+    (matched,) = [row for name, row in rows.items() if "the size of Q4_0" in name]
     assert matched["size_bytes"] <= rows["llama.cpp Q4_0, importance matrix"]["size_bytes"]
     assert rows["llama.cpp Q4_0, importance matrix"]["types"]["Q4_0"] > 0
     assert printed.count("\n| ") == len(rows) + 1
