@@ -282,7 +282,7 @@ def llama_rows(
         with closing(LlamaModel(path, threads)) as model:
             comparison.measure(row, model)
         if kind == "F16" and row.divergence > SAME_MODEL_BITS:
-            # As with heads of another size than 64.
+            # As llama-cpp-python 0.3.36 does with heads that are smaller than its vectors' step, such as of 16 numbers.
             raise Unavailable(f"it computes another model from F16 (KL {row.divergence:.3g} bits per token)")
         yield row
 
