@@ -72,6 +72,7 @@ setup(
         "ort": ["onnxruntime>=1.23"],
         "gpu": ["onnxruntime-gpu>=1.23"],
         "trt": ["tensorrt>=10.3"],
+        "eval": ["lm_eval>=0.4.13"],
         "test": ["pytest>=8", "hypothesis>=6.100", "rwkv==0.8.32"],
     },
     entry_points={"console_scripts": ["goslet = goslet.cli:main"]},

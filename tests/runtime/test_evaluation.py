@@ -14,7 +14,8 @@ import pytest
 import goslet
 from goslet import _native, benchmark
 from goslet.enginefile import EngineFile
-from goslet.evaluation import evaluate_text
+from goslet.evaluation import Score, encode_pair, evaluate_text, score, score_continuations
+from goslet.lambada import Lambada
 from goslet.machine import cpu_model
 from goslet.tokenizer import BytesTokenizer
 
@@ -81,6 +82,179 @@ def test_eval_of_bad_texts(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
         path.write_bytes(content)
         assert_one_line_error(run("eval", tiny_engine, "--text", path), 1, *parts)
     assert_one_line_error(run("eval", tiny_engine, "--text", tmp_path / "none"), 1, "none", "No such file")
+
+
+# -------------------------------------------------------------------------------------------------------- continuations
+
+
+class Pieces(BytesTokenizer):
+    """Bytes, but for two pairs of them that are one token, one of which reaches from a sentence into the next line."""
+
+    pairs = ((b"he", 1), (b".\n", 2))
+
+    @property
+    def end_token(self) -> int | None:
+        return 0
+
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        for pair, token in self.pairs:
+            utf8 = utf8.replace(pair, bytes([token]))
+        return list(utf8)
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "before", "after"),
+    [
+        ("so t", " he", b"\0so t", b" \x01"),
+        ("so t  ", "he", b"\0so t", b"  \x01"),  # white space goes to what follows it
+        ("", "the", b"\0", b"t\x01"),
+        (" \n", "a", b"\0", b" \na"),
+        ("so h", "e", b"\0so h", b"e"),  # together they would be one token
+        ("It was.", "\nSo", b"\0It was.", b"\nSo"),
+    ],
+)
+def test_pairs_are_cut_as_the_harness_does_and_always_spell_the_text(
+    context: str, continuation: str, before: bytes, after: bytes
+) -> None:
+    assert encode_pair(Pieces(), context, continuation) == (list(before), list(after))
+
+
+def test_without_an_end_of_document_token_the_first_token_is_what_the_rest_follows() -> None:
+    assert encode_pair(BytesTokenizer(), "", "abc") == (list(b"a"), list(b"bc"))
+    for context, continuation in (("", "a"), ("a", "")):
+        with pytest.raises(goslet.GosletError, match="no token to predict"):
+            encode_pair(BytesTokenizer(), context, continuation)
+
+
+def naive_scores(engine: goslet.Engine, context: bytes, continuation: bytes) -> tuple[float, bool]:
+    """-ln p of a continuation and whether it is greedy, from one feed at a time and a softmax in float64."""
+    session, nats, greedy = engine.session(), 0.0, True
+    logits = [session.feed([token]).astype(np.float64) for token in context][-1]
+    for token in continuation:
+        nats -= logits[token] - math.log(np.exp(logits).sum())
+        greedy = greedy and int(np.argmax(logits)) == token
+        logits = session.feed([token]).astype(np.float64)
+    return nats, greedy
+
+
+def greedy_bytes(engine: goslet.Engine, context: bytes, count: int) -> bytes:
+    session, found = engine.session(), []
+    logits = session.feed(list(context))
+    for _ in range(count):
+        found.append(int(np.argmax(logits)))
+        logits = session.feed(found[-1:])
+    return bytes(found)
+
+
+def test_continuations_of_one_context_equal_naive_sums(tiny_engine: Path) -> None:
+    context = b"The old clock struck"
+    with goslet.open(tiny_engine) as engine:
+        likely = greedy_bytes(engine, context, 5)
+        # The one that is greedy but for its last byte, beside longer and shorter ones, in both orders.
+        almost = likely[:-1] + bytes([likely[-1] ^ 1])
+        for continuations in ([b" ten", likely, b"x", almost], [almost, b"x", likely, b" ten"]):
+            found = score_continuations(engine.session(), list(context), [list(one) for one in continuations])
+            for one, other in zip(found, continuations, strict=True):
+                nats, greedy = naive_scores(engine, context, other)
+                # The same float32 logits either way, so only the order of float64 sums differs.
+                assert one.nats == pytest.approx(nats, rel=1e-9)
+                assert one.greedy == greedy == (other in (likely, b"x") and likely.startswith(other))
+
+
+def test_logits_that_are_not_finite_are_named() -> None:
+    logits = np.zeros((3, 8), np.float32)
+    logits[1, 2] = np.nan
+    with pytest.raises(goslet.GosletError, match="after token 11"):
+        score(logits, np.zeros(3, np.int64), first=10)
+
+
+# -------------------------------------------------------------------------------------------------------------- lambada
+
+PASSAGES = [
+    "She opened the door and there stood the man from the train",
+    "“Well,” he said, “I never thought that I would see you here again, my friend.”\n\n“Nor I”",
+    "Once upon a time",
+]
+
+
+def write_passages(path: Path, passages: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in passages), encoding="utf-8")
+    return path
+
+
+def cut(text: str) -> tuple[bytes, bytes]:
+    """Context and target, in bytes."""
+    at = text.rindex(" ")
+    return text[:at].encode(), text[at:].encode()
+
+
+def passage_that_is_known(engine: goslet.Engine) -> str:
+    """A passage whose last word, of one letter, the model would write itself."""
+    for letters in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=3):
+        context = ("so " + "".join(letters)).encode()
+        target = greedy_bytes(engine, context, 2)
+        if target[0] == ord(" ") and chr(target[1]).isascii() and chr(target[1]).isalnum():
+            return (context + target).decode()
+    raise AssertionError("none of 17576 contexts is followed by a space: is the model that of conftest?")
+
+
+def test_lambada_equals_naive_sums(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    with goslet.open(tiny_engine) as engine:
+        passages = [*PASSAGES, passage_that_is_known(engine)]
+        sums = [naive_scores(engine, *cut(text)) for text in passages]
+    path = write_passages(tmp_path / "passages.jsonl", passages)
+    path.write_bytes(b"\n" + path.read_bytes() + b" \n")  # blank lines are no passages
+    outcome = run("eval", tiny_engine, "--lambada", path, "--json")
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    right = [greedy for _, greedy in sums]
+    assert right == [False, False, False, True]
+    assert report["examples"] == 4
+    assert report["accuracy"] == 0.25
+    assert report["accuracy_stderr"] == pytest.approx(np.std(right, ddof=1) / 2)
+    assert report["perplexity"] == pytest.approx(math.exp(np.mean([nats for nats, _ in sums])), rel=1e-9)
+
+    limited = json.loads(run("eval", tiny_engine, "--lambada", path, "--limit", 2, "--json").out)
+    assert (limited["examples"], limited["accuracy"], limited["accuracy_stderr"]) == (2, 0, 0)
+    lines = run("eval", tiny_engine, "--lambada", path).out.splitlines()
+    assert lines[0] == f"{report['accuracy']:.4f} accuracy (standard error {report['accuracy_stderr']:.4f})"
+    assert lines[1] == f"{report['perplexity']:.4f} perplexity per last word"
+    assert lines[2] == "4 passages"
+
+
+def test_lambada_of_bad_files(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "passages.jsonl"
+    good = b'{"text": "two words"}\n'
+    for content, parts in (
+        (b"", ["has no passage"]),
+        (b"\n \n", ["has no passage"]),
+        (good + b"two words\n", ["line 2", "is not JSON", "two words"]),
+        (good + b"\n\xff\n", ["line 3", "is not JSON"]),
+        (good + b"[" * 200_000, ["line 2", "is not JSON"]),
+        (good + b"[1]\n", ["line 2", "has no text", "list"]),
+        (b'{"txt": "two words"}', ["line 1", "has no text", "txt"]),
+        (b'{"text": 3}', ["line 1", "has no text"]),
+        (b'{"text": " \\n"}', ["line 1", "empty"]),
+        (b'{"text": "one"}', ["line 1", "no last word", "one"]),
+        (b'{"text": "ends in a space "}', ["line 1", "no last word"]),
+        (b'{"text": "' + b"a " * (1 << 20) + b'"}', ["line 1", "too long"]),
+    ):
+        path.write_bytes(content)
+        assert_one_line_error(run("eval", tiny_engine, "--lambada", path), 1, "passages.jsonl", *parts)
+    assert_one_line_error(run("eval", tiny_engine, "--lambada", tmp_path / "none"), 1, "none", "No such file")
+    path.write_bytes(good + b"not read\n")
+    assert run("eval", tiny_engine, "--lambada", path, "--limit", 1).code == 0
+
+
+def test_what_eval_measures_must_be_clear(run: Run, tiny_engine: Path) -> None:
+    assert_one_line_error(run("eval", tiny_engine), 2, "--text", "--lambada")
+    assert_one_line_error(run("eval", tiny_engine, "--text", "a", "--lambada", "b"), 2, "not allowed with")
+    assert_one_line_error(run("eval", tiny_engine, "--text", "a", "--limit", 3), 2, "--limit", "--lambada")
+    assert_one_line_error(run("eval", tiny_engine, "--lambada", "a", "--limit", 0), 2, "--limit", "1 or more")
+
+
+def test_a_model_that_is_as_wrong_as_can_be_has_an_infinite_perplexity() -> None:
+    assert Lambada.of([Score(2000.0, False)]) == Lambada(0.0, 0.0, math.inf, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench

@@ -61,7 +61,11 @@ def setup_requirements() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("name", "extras"),
-    [("requirements-demo.txt", ["", "export", "ort"]), ("requirements-test.txt", ["", "export", "ort", "test"])],
+    [
+        ("requirements-demo.txt", ["", "export", "ort"]),
+        ("requirements-test.txt", ["", "export", "ort", "test"]),
+        ("requirements-eval.txt", ["", "export", "ort", "test", "eval"]),
+    ],
 )
 def test_pins_cover_setup_py(name: str, extras: list[str]) -> None:
     requirements = pytest.importorskip("packaging.requirements", reason="reading requirements needs packaging")
