@@ -1,0 +1,153 @@
+"""Words and tables of the report that tools/state_precision.py writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+# What counts as harmless: what int8 weights in groups of 32 diverge by (tools/reports/quant-quality.json), and a
+# hundredth of the answers, which is about what two samples of a task's texts differ by.
+HARMLESS_DIVERGENCE = 7e-5
+HARMLESS_LOSS = 0.01
+
+
+def worst_loss(task: dict[str, Any], storage: str) -> float:
+    """The most accuracy, mean over seeds, that a storage loses against f32 at any length of a task."""
+    means = task["mean_accuracy"]
+    return max(own - found for own, found in zip(means["f32"], means[storage], strict=True))
+
+
+def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each storage's divergence on the text, its worst loss on tasks, and whether both are harmless."""
+    found = []
+    for row in report["text"]["rows"]:
+        storage = row["storage"]
+        worst = max(report["tasks"], key=lambda task: worst_loss(task, storage))
+        lost = worst_loss(worst, storage)
+        found.append(
+            {
+                "storage": storage,
+                "divergence_bits_per_token": row["divergence_bits_per_token"],
+                "worst_loss": lost,
+                "worst_task": worst["task"],
+                "harmless": row["divergence_bits_per_token"] < HARMLESS_DIVERGENCE and lost < HARMLESS_LOSS,
+            }
+        )
+    return found
+
+
+def _text(report: dict[str, Any]) -> Iterator[str]:
+    text = report["text"]
+    lost = text["share_of_decays_below_half_a_step"]
+    yield "## Long text"
+    yield ""
+    yield (
+        f"{report['checkpoint']} reads {report['text_file']}, {text['lanes']} lanes of {text['tokens_of_each']} tokens, the "
+        "state carried from end to end. Divergence is from the float32 row's distribution, in bits a token. The state's "
+        "error is that of all WKV matrices, relative to their norm, at the end. "
+        f"{100 * lost['bf16']:.1f}% of all decays are so near to 1 that bf16 loses them whole, {100 * lost['f16']:.2f}% with f16."
+    )
+    yield ""
+    yield "| state | bits per byte | last quarter | divergence | first eighth | last quarter | state's error | largest number |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in text["rows"]:
+        yield (
+            f"| {row['storage']} | {row['bits_per_byte']:.5f} | {row['bits_per_byte_last_quarter']:.5f} "
+            f"| {row['divergence_bits_per_token']:.2e} | {row['divergence_by_eighth'][0]:.2e} "
+            f"| {row['divergence_bits_per_token_last_quarter']:.2e} | {row['state_error_at_eighths'][-1]:.2e} "
+            f"| {row['largest']:.1f} |"
+        )
+    yield ""
+
+
+def _tasks(report: dict[str, Any]) -> Iterator[str]:
+    lengths = report["sizes"]["task_lengths"]
+    yield "## Tasks that are all state"
+    yield ""
+    yield (
+        "Tiny models (one layer, width 64), trained on texts of up to 512 tokens. Accuracy in percent over the half before each "
+        f"length: mean of {report['sizes']['seeds']} models that differ by their seed, and the range between them. Rows "
+        '"as released" are RWKV-7; "double removal" takes the removal twice, so that a transition can turn a sign, which '
+        "no released model can without losing more than half of the number."
+    )
+    yield ""
+    for task in report["tasks"]:
+        yield f"{task['task']} (guessing: {100 * task['chance']:.1f}):"
+        yield ""
+        yield "| state | " + " | ".join(f"to {length}" for length in lengths) + " |"
+        yield "|---" * (len(lengths) + 1) + "|"
+        for storage, means in task["mean_accuracy"].items():
+            cells = []
+            for at, mean in enumerate(means):
+                each = [one["accuracy"][storage][at] for one in task["seeds"]]
+                cells.append(f"{100 * mean:.1f} ({100 * min(each):.1f} to {100 * max(each):.1f})")
+            yield f"| {storage} | " + " | ".join(cells) + " |"
+        yield ""
+
+
+def _sizes(report: dict[str, Any]) -> Iterator[str]:
+    yield "## What it would save"
+    yield ""
+    yield (
+        "State of one session in MB, and the share of a token's traffic that f16 would save, weights read once and the state "
+        "read and written, for one session and for 8 stepped at once (computed)."
+    )
+    yield ""
+    yield "| shape | f32 | f16 | f16, shifts too | int8, scale a row | saved with int4 weights | 8 sessions | saved with int8 | 8 sessions |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in report["state_sizes"]:
+        sizes = row["state_bytes"]
+        cells = [
+            f"{sizes[name] / 1e6:.2f}" for name in ("f32", "f16", "f16, shifts too", "int8, scale a row")
+        ]
+        for quant in ("int4", "int8"):
+            for sessions in (1, 8):
+                if "weight_bytes_per_token" not in row:
+                    cells.append("not measured")
+                    continue
+                moved = row["weight_bytes_per_token"][quant] + 2 * sessions * sizes["f32"]
+                cells.append(f"{200 * sessions * (sizes['f32'] - sizes['f16']) / moved:.1f}%")
+        yield f"| {row['shape']} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def markdown(report: dict[str, Any]) -> Iterator[str]:
+    """The report, line by line."""
+    machine = report["machine"]
+    yield "# In what precision may the state be kept?"
+    yield ""
+    yield (
+        f"Written by tools/state_precision.py in {report['cpu_s'] / 60:.0f} minutes of one core ({machine['cpu']}, "
+        f"{machine['cores']} cores). Only what is stored between two tokens is rounded, arithmetic is float32; \"shifts too\" "
+        "rounds the previous token's activations as well as the WKV matrices."
+    )
+    yield ""
+    yield from _text(report)
+    yield from _tasks(report)
+    yield "## What was expected"
+    yield ""
+    yield "| before measuring | because | expected | measured | |"
+    yield "|---|---|---|---|---|"
+    for one in report["predictions"]:
+        yield (
+            f"| {one['prediction']} | {one['why']} | {one['bound']} | {one['measured']:.3g} "
+            f"| {'as expected' if one['holds'] else '**not so**'} |"
+        )
+    yield ""
+    yield "## Verdict"
+    yield ""
+    yield (
+        f"Harmless: diverges by less than {HARMLESS_DIVERGENCE:g} bits a token on the text, which is what int8 weights cost, and "
+        f"loses less than {100 * HARMLESS_LOSS:g} points of any task at any length."
+    )
+    yield ""
+    yield "| state | divergence | most points lost | of | harmless |"
+    yield "|---|---|---|---|---|"
+    for one in verdicts(report):
+        lost = max(0.0, 100 * one["worst_loss"])
+        yield (
+            f"| {one['storage']} | {one['divergence_bits_per_token']:.2e} | {lost:.1f} "
+            f"| {one['worst_task'] if lost >= 0.05 else ''} | {'yes' if one['harmless'] else 'no'} |"
+        )
+    yield ""
+    yield from _sizes(report)
