@@ -9,12 +9,14 @@ from typing import Any
 # hundredth of the answers, which is about what two samples of a task's texts differ by.
 HARMLESS_DIVERGENCE = 7e-5
 HARMLESS_LOSS = 0.01
+DONE = 0.95  # the accuracy above which a task counts as done: below, chance decides what is lost
 
 
 def worst_loss(task: dict[str, Any], storage: str) -> float:
-    """The most accuracy, mean over seeds, that a storage loses against f32 at any length of a task."""
+    """The most accuracy, mean over seeds, that a storage loses against f32 where f32 does the task."""
     means = task["mean_accuracy"]
-    return max(own - found for own, found in zip(means["f32"], means[storage], strict=True))
+    pairs = zip(means["f32"], means.get(storage, means["f32"]), strict=True)
+    return max((own - found for own, found in pairs if own > DONE), default=0.0)
 
 
 def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -65,7 +67,7 @@ def _tasks(report: dict[str, Any]) -> Iterator[str]:
     yield "## Tasks that are all state"
     yield ""
     yield (
-        "Tiny models (one layer, width 64), trained on texts of up to 512 tokens. Accuracy in percent over the half before each "
+        "Tiny models (one layer, width 64), trained on texts of up to 2048 tokens. Accuracy in percent over the half before each "
         f"length: mean of {report['sizes']['seeds']} models that differ by their seed, and the range between them. Rows "
         '"as released" are RWKV-7; "double removal" takes the removal twice, so that a transition can turn a sign, which '
         "no released model can without losing more than half of the number."
@@ -114,10 +116,11 @@ def _sizes(report: dict[str, Any]) -> Iterator[str]:
 def markdown(report: dict[str, Any]) -> Iterator[str]:
     """The report, line by line."""
     machine = report["machine"]
+    cpu_s = report["text"]["cpu_s"] + sum(task["cpu_s"] for task in report["tasks"])
     yield "# In what precision may the state be kept?"
     yield ""
     yield (
-        f"Written by tools/state_precision.py in {report['cpu_s'] / 60:.0f} minutes of one core ({machine['cpu']}, "
+        f"Written by tools/state_precision.py in {cpu_s / 60:.0f} minutes of one core ({machine['cpu']}, "
         f"{machine['cores']} cores). Only what is stored between two tokens is rounded, arithmetic is float32; \"shifts too\" "
         "rounds the previous token's activations as well as the WKV matrices."
     )
@@ -138,7 +141,7 @@ def markdown(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"Harmless: diverges by less than {HARMLESS_DIVERGENCE:g} bits a token on the text, which is what int8 weights cost, and "
-        f"loses less than {100 * HARMLESS_LOSS:g} points of any task at any length."
+        f"loses less than {100 * HARMLESS_LOSS:g} point of any task at any length at which f32 has more than {100 * DONE:g}%."
     )
     yield ""
     yield "| state | divergence | most points lost | of | harmless |"

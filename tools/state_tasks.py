@@ -33,7 +33,7 @@ Draw = Callable[[np.random.Generator, int, int], tuple[Ids, Ids]]
 NOTHING_ASKED = -100
 STEP_TOKENS = 2048  # of all lanes together, in one step of training
 # Each for an equal share of the steps: what is learned on short texts makes longer ones learnable.
-LENGTHS = (8, 16, 32, 64, 64, 128, 256, 256, 512, 512)
+LENGTHS = (8, 16, 32, 64, 64, 128, 256, 512, 1024, 2048)
 STATE_PENALTY = 1e-3  # the norm behind the state hides its size, which could else grow until it overflows
 LEARNING_RATE = 0.02
 
@@ -118,7 +118,7 @@ TASKS = (
 
 
 def train(task: Task, seed: int, steps: int | None = None) -> DemoModel:
-    """A model of one layer, width 64 and two heads of 32, trained on texts of up to 512 tokens from a zero state."""
+    """A model of one layer, width 64 and two heads of 32, trained on texts of up to 2048 tokens from a zero state."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = DemoModel(
