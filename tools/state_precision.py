@@ -53,14 +53,14 @@ class Sizes:
     Attributes:
         text_lanes: parts of the text that are read side by side.
         text_tokens: tokens of each, a multiple of 8.
-        seeds: models trained for each task.
+        seeds: models trained for a task, at most.
         task_lanes: random texts of a task.
         task_lengths: where accuracy is measured, over the half before each; the last is what is read.
         train_steps: of each model; None for the task's own number.
     """
 
     text_lanes: int = 4
-    text_tokens: int = 8192
+    text_tokens: int = 4096
     seeds: int = 3
     task_lanes: int = 16
     task_lengths: tuple[int, ...] = (64, 256, 1024, 2048, 4096)
@@ -82,6 +82,10 @@ class WatchingOps(EagerOps):
         self.lost = dict.fromkeys(HALF_STEPS, 0)
         self._lanes, self._reach = lanes, reach
 
+    def shares_lost(self) -> dict[str, float]:
+        """The share of all decays that a format loses whole."""
+        return {name: count / self.decays for name, count in self.lost.items()}
+
     def call(self, operator: Operator, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The recurrence."""
         r, w, k, v, kappa, a, state = inputs
@@ -102,7 +106,7 @@ class Reading:
         storages: S ways to keep the state.
         reach: see `state_tasks.Task`.
         seed: of stochastic rounding.
-        largest: for each storage, the largest magnitude that a WKV matrix had.
+        largest: the largest magnitude that a WKV matrix of the first storage had.
         ops: what ran the steps.
     """
 
@@ -111,7 +115,7 @@ class Reading:
     storages: Sequence[Storage]
     reach: float = 1.0
     seed: int = 0
-    largest: list[float] = field(init=False)
+    largest: float = field(init=False)
     ops: WatchingOps = field(init=False)
     state: dict[str, Tensor] = field(init=False)
 
@@ -121,7 +125,7 @@ class Reading:
         version, spec, weights = self.source.version, self.source.spec, self.source.weights()
         lanes, copies = len(self.tokens), len(self.storages)
         generators = [torch.Generator().manual_seed(self.seed) for _ in self.storages]
-        self.largest = [0.0] * copies
+        self.largest = 0.0
         self.ops = WatchingOps(weights, lanes, self.reach)
         state = {t.name: torch.full((copies * lanes, *t.shape), t.init) for t in version.state_spec(spec).tensors}
         for column in self.tokens.T:
@@ -131,17 +135,17 @@ class Reading:
                 for i, storage in enumerate(self.storages):
                     part = tensor[i * lanes : (i + 1) * lanes]
                     part.copy_(storage.stored(name, part, generators[i]))
-                    if name.endswith(".wkv"):
-                        self.largest[i] = max(self.largest[i], float(part.abs().max()))
+                if name.endswith(".wkv"):
+                    self.largest = max(self.largest, float(tensor[:lanes].abs().max()))
             self.state = state
-            yield logits.unflatten(0, (copies, lanes))
+            yield logits.reshape(copies, lanes, -1)
 
     def state_errors(self) -> npt.NDArray[np.float64]:
         """The WKV matrices' distance from the first storage's, over their norm, all lanes and layers together [S]."""
         squares = np.zeros((2, len(self.storages)))
         for name, tensor in self.state.items():
             if name.endswith(".wkv"):
-                each = tensor.unflatten(0, (len(self.storages), -1)).double().flatten(1)
+                each = tensor.double().reshape(len(self.storages), -1)
                 squares[0] += (each - each[0]).square().sum(1).numpy()
                 squares[1] += each[0].square().sum().item()
         return np.asarray(np.sqrt(squares[0] / squares[1]))
@@ -185,16 +189,14 @@ def measure_text(checkpoint: Path, tokenizer_path: Path, text: Path, sizes: Size
                 "divergence_bits_per_token_last_quarter": float(np.mean(lost[6:])),
                 "divergence_by_eighth": lost,
                 "state_error_at_eighths": [float(error[i]) for error in errors],
-                "largest": reading.largest[i],
             }
         )
     return {
         "lanes": lanes,
         "tokens_of_each": length,
         "bytes": sum(n_bytes),
-        "share_of_decays_below_half_a_step": {
-            name: count / reading.ops.decays for name, count in reading.ops.lost.items()
-        },
+        "largest": reading.largest,
+        "share_of_decays_below_half_a_step": reading.ops.shares_lost(),
         "rows": rows,
         "cpu_s": round(time.process_time()),
     }
@@ -218,10 +220,8 @@ def measure_model(task: Task, seed: int, sizes: Sizes, folder: Path) -> dict[str
         "seed": seed,
         "train_cpu_s": round(trained_s, 1),
         "accuracy": dict(zip((storage.name for storage in TASK_STORAGES), accuracies, strict=True)),
-        "largest": dict(zip((storage.name for storage in TASK_STORAGES), reading.largest, strict=True)),
-        "share_of_decays_below_half_a_step": {
-            name: count / reading.ops.decays for name, count in reading.ops.lost.items()
-        },
+        "largest": reading.largest,
+        "share_of_decays_below_half_a_step": reading.ops.shares_lost(),
     }
     print(f"{task.name}, seed {seed}: {accuracies[0]} in f32, {accuracies[2]} in bf16", file=sys.stderr, flush=True)
     return found
@@ -265,7 +265,7 @@ def predictions(report: dict[str, Any]) -> list[dict[str, Any]]:
         predict(text, why, measured, f"{low:g} to {high:g}", low <= measured <= high)
 
     text = {row["storage"]: row for row in report["text"]["rows"]}
-    divergence = {name: row["divergence_bits_per_token"] for name, row in text.items()}
+    divergence: dict[str, float] = {name: row["divergence_bits_per_token"] for name, row in text.items()}
     row, column, head = (f"int8, scale a {what}" for what in ("row", "column", "head"))
 
     def ratio(one: str, other: str) -> float:
@@ -335,7 +335,7 @@ def measure_task(number: int, sizes: Sizes) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = TASKS[number]
     with tempfile.TemporaryDirectory() as folder:
-        seeds = [measure_model(task, seed, sizes, Path(folder)) for seed in range(sizes.seeds)]
+        seeds = [measure_model(task, seed, sizes, Path(folder)) for seed in range(min(task.seeds, sizes.seeds))]
     names = [storage.name for storage in TASK_STORAGES]
     return {
         "task": task.name,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 # What counts as harmless: what int8 weights in groups of 32 diverge by (tools/reports/quant-quality.json), and a
-# hundredth of the answers, which is about what two samples of a task's texts differ by.
+# hundredth of the answers.
 HARMLESS_DIVERGENCE = 7e-5
 HARMLESS_LOSS = 0.01
 DONE = 0.95  # the accuracy above which a task counts as done: below, chance decides what is lost
@@ -40,24 +40,24 @@ def verdicts(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _text(report: dict[str, Any]) -> Iterator[str]:
     text = report["text"]
-    lost = text["share_of_decays_below_half_a_step"]
+    lost = {name: f"{100 * share:.1f}%" for name, share in text["share_of_decays_below_half_a_step"].items()}
     yield "## Long text"
     yield ""
     yield (
-        f"{report['checkpoint']} reads {report['text_file']}, {text['lanes']} lanes of {text['tokens_of_each']} tokens, the "
-        "state carried from end to end. Divergence is from the float32 row's distribution, in bits a token. The state's "
-        "error is that of all WKV matrices, relative to their norm, at the end. "
-        f"{100 * lost['bf16']:.1f}% of all decays are so near to 1 that bf16 loses them whole, {100 * lost['f16']:.2f}% with f16."
+        f"{report['checkpoint']} reads {report['text_file']} in {text['lanes']} lanes of {text['tokens_of_each']} "
+        "tokens, the state carried from end to end. Divergence is from the float32 row's distribution, in bits a token; "
+        "the state's error is that of all WKV matrices at the end, relative to their norm. Of all decays, "
+        f"{lost['bf16']} are so near to 1 that bf16 loses them whole, and f16 {lost['f16']}; the largest number of a WKV "
+        f"matrix is {text['largest']:.0f}."
     )
     yield ""
-    yield "| state | bits per byte | last quarter | divergence | first eighth | last quarter | state's error | largest number |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| state | bits per byte | last quarter | divergence | first eighth | last quarter | state's error |"
+    yield "|---|---|---|---|---|---|---|"
     for row in text["rows"]:
         yield (
             f"| {row['storage']} | {row['bits_per_byte']:.5f} | {row['bits_per_byte_last_quarter']:.5f} "
             f"| {row['divergence_bits_per_token']:.2e} | {row['divergence_by_eighth'][0]:.2e} "
-            f"| {row['divergence_bits_per_token_last_quarter']:.2e} | {row['state_error_at_eighths'][-1]:.2e} "
-            f"| {row['largest']:.1f} |"
+            f"| {row['divergence_bits_per_token_last_quarter']:.2e} | {row['state_error_at_eighths'][-1]:.2e} |"
         )
     yield ""
 
@@ -67,22 +67,22 @@ def _tasks(report: dict[str, Any]) -> Iterator[str]:
     yield "## Tasks that are all state"
     yield ""
     yield (
-        "Tiny models (one layer, width 64), trained on texts of up to 2048 tokens. Accuracy in percent over the half before each "
-        f"length: mean of {report['sizes']['seeds']} models that differ by their seed, and the range between them. Rows "
-        '"as released" are RWKV-7; "double removal" takes the removal twice, so that a transition can turn a sign, which '
-        "no released model can without losing more than half of the number."
+        "Tiny models (one layer, width 64), trained on texts of up to 2048 tokens. Accuracy in percent over the half "
+        "before each length: mean of the models, which differ by their seed, and their range. "
+        '"As released" is RWKV-7; "double removal" takes the removal twice, so that a transition can turn a sign, '
+        "which no released model can without losing more than half of the number."
     )
     yield ""
     for task in report["tasks"]:
-        yield f"{task['task']} (guessing: {100 * task['chance']:.1f}):"
+        yield f"{task['task']} (models: {len(task['seeds'])}; guessing: {100 * task['chance']:.1f}):"
         yield ""
         yield "| state | " + " | ".join(f"to {length}" for length in lengths) + " |"
         yield "|---" * (len(lengths) + 1) + "|"
         for storage, means in task["mean_accuracy"].items():
             cells = []
             for at, mean in enumerate(means):
-                each = [one["accuracy"][storage][at] for one in task["seeds"]]
-                cells.append(f"{100 * mean:.1f} ({100 * min(each):.1f} to {100 * max(each):.1f})")
+                each = [100 * one["accuracy"][storage][at] for one in task["seeds"]]
+                cells.append(f"{100 * mean:.1f} ({min(each):.1f} to {max(each):.1f})")
             yield f"| {storage} | " + " | ".join(cells) + " |"
         yield ""
 
@@ -91,25 +91,44 @@ def _sizes(report: dict[str, Any]) -> Iterator[str]:
     yield "## What it would save"
     yield ""
     yield (
-        "State of one session in MB, and the share of a token's traffic that f16 would save, weights read once and the state "
-        "read and written, for one session and for 8 stepped at once (computed)."
+        "The state of one session in MB, and the share of a token's traffic that f16 would save if weights are read "
+        "once and states read and written, for one session and for 8 stepped at once (computed, weights of "
+        "tools/reports/bench-cpu.json)."
     )
     yield ""
-    yield "| shape | f32 | f16 | f16, shifts too | int8, scale a row | saved with int4 weights | 8 sessions | saved with int8 | 8 sessions |"
+    yield "| shape | f32 | f16 | f16, shifts too | int8 | saved, int4 weights | 8 at once | int8 weights | 8 at once |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in report["state_sizes"]:
         sizes = row["state_bytes"]
-        cells = [
-            f"{sizes[name] / 1e6:.2f}" for name in ("f32", "f16", "f16, shifts too", "int8, scale a row")
-        ]
+        cells = [f"{sizes[name] / 1e6:.2f}" for name in ("f32", "f16", "f16, shifts too", "int8, scale a row")]
         for quant in ("int4", "int8"):
             for sessions in (1, 8):
                 if "weight_bytes_per_token" not in row:
-                    cells.append("not measured")
+                    cells.append("")
                     continue
                 moved = row["weight_bytes_per_token"][quant] + 2 * sessions * sizes["f32"]
                 cells.append(f"{200 * sessions * (sizes['f32'] - sizes['f16']) / moved:.1f}%")
         yield f"| {row['shape']} | " + " | ".join(cells) + " |"
+
+
+def _verdict(report: dict[str, Any]) -> Iterator[str]:
+    yield "## Verdict"
+    yield ""
+    yield (
+        f"Harmless is what diverges by less than {HARMLESS_DIVERGENCE:g} bits a token on the text, as int8 weights do, "
+        f"and loses less than {100 * HARMLESS_LOSS:g} point of any task, at any length at which f32 has more than "
+        f"{100 * DONE:g}%. Shifts were rounded on the text alone."
+    )
+    yield ""
+    yield "| state | divergence | most points lost | of | harmless |"
+    yield "|---|---|---|---|---|"
+    for one in verdicts(report):
+        lost = 100 * one["worst_loss"]
+        where = one["worst_task"] if lost >= 0.05 else ""
+        yield (
+            f"| {one['storage']} | {one['divergence_bits_per_token']:.2e} | {lost:.1f} | {where} "
+            f"| {'yes' if one['harmless'] else 'no'} |"
+        )
     yield ""
 
 
@@ -120,11 +139,12 @@ def markdown(report: dict[str, Any]) -> Iterator[str]:
     yield "# In what precision may the state be kept?"
     yield ""
     yield (
-        f"Written by tools/state_precision.py in {cpu_s / 60:.0f} minutes of one core ({machine['cpu']}, "
-        f"{machine['cores']} cores). Only what is stored between two tokens is rounded, arithmetic is float32; \"shifts too\" "
-        "rounds the previous token's activations as well as the WKV matrices."
+        f"Written by tools/state_precision.py, {cpu_s / 60:.0f} minutes of one core ({machine['cpu']}, "
+        f"{machine['cores']} cores). Only what is stored between two tokens is rounded; arithmetic is float32. "
+        '"Shifts too" rounds the previous token\'s activations as well as the WKV matrices.'
     )
     yield ""
+    yield from _verdict(report)
     yield from _text(report)
     yield from _tasks(report)
     yield "## What was expected"
@@ -135,22 +155,6 @@ def markdown(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"| {one['prediction']} | {one['why']} | {one['bound']} | {one['measured']:.3g} "
             f"| {'as expected' if one['holds'] else '**not so**'} |"
-        )
-    yield ""
-    yield "## Verdict"
-    yield ""
-    yield (
-        f"Harmless: diverges by less than {HARMLESS_DIVERGENCE:g} bits a token on the text, which is what int8 weights cost, and "
-        f"loses less than {100 * HARMLESS_LOSS:g} point of any task at any length at which f32 has more than {100 * DONE:g}%."
-    )
-    yield ""
-    yield "| state | divergence | most points lost | of | harmless |"
-    yield "|---|---|---|---|---|"
-    for one in verdicts(report):
-        lost = max(0.0, 100 * one["worst_loss"])
-        yield (
-            f"| {one['storage']} | {one['divergence_bits_per_token']:.2e} | {lost:.1f} "
-            f"| {one['worst_task'] if lost >= 0.05 else ''} | {'yes' if one['harmless'] else 'no'} |"
         )
     yield ""
     yield from _sizes(report)
