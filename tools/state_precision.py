@@ -33,6 +33,7 @@ from state_report import markdown
 from state_tasks import TASKS, Task, answers_right, save, train
 from torch import Tensor
 
+from goslet.errors import GosletError
 from goslet.export.checkpoint import Checkpoint, open_checkpoint
 from goslet.export.models.blocks import EagerOps, Operator, token_pieces
 from goslet.machine import available_cores, cpu_model
@@ -378,11 +379,19 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="OUT", help="write what is printed to this file too")
     options = parser.parse_args(arguments)
     sizes = sizes or Sizes()
+    for output in (options.json, options.report):
+        if output and not output.parent.is_dir():
+            parser.error(f"{output}: there is no folder {output.parent}")
     try:
         text = options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"{options.text}: cannot be read: {error}")
-    count = len(tokenizer_from_file(options.tokenizer).encode(text))
+    try:
+        count = len(tokenizer_from_file(options.tokenizer).encode(text))
+        with open_checkpoint(options.checkpoint):
+            pass
+    except GosletError as error:
+        parser.error(str(error))
     needed = sizes.text_lanes * sizes.text_tokens
     if count < needed:
         parser.error(f"{options.text}: at least {needed} tokens are needed, found {count}")

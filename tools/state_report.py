@@ -45,10 +45,10 @@ def _text(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"{report['checkpoint']} reads {report['text_file']} in {text['lanes']} lanes of {text['tokens_of_each']} "
-        "tokens, the state carried from end to end. Divergence is from the float32 row's distribution, in bits a token; "
-        "the state's error is that of all WKV matrices at the end, relative to their norm. Of all decays, "
-        f"{lost['bf16']} are so near to 1 that bf16 loses them whole, and f16 {lost['f16']}; the largest number of a WKV "
-        f"matrix is {text['largest']:.0f}."
+        "tokens, the state carried from end to end. Divergence is from the float32 row's distribution, in bits a "
+        "token; the state's error is that of all WKV matrices at the end, relative to their norm. Of all decays, "
+        f"{lost['bf16']} are so near to 1 that bf16 loses them whole, and f16 {lost['f16']}; the largest number of a "
+        f"WKV matrix is {text['largest']:.0f}."
     )
     yield ""
     yield "| state | bits per byte | last quarter | divergence | first eighth | last quarter | state's error |"

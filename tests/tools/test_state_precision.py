@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,15 @@ from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 TOOLS = Path(state_precision.__file__).parent
 REPORT = TOOLS / "reports/state-precision.json"
 SMALL = state_precision.Sizes(2, 16, seeds=1, task_lanes=2, task_lengths=(8, 16), train_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the tool has it; the tests after these get theirs back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def generator() -> torch.Generator:
@@ -199,7 +209,6 @@ class _Here:
 
 def test_the_tool_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(state_precision, "ProcessPoolExecutor", _Here)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     text = tmp_path / "text.txt"
     text.write_text("It was a bright cold day in April, and nobody had read this before. " * 4, encoding="utf-8")
     outputs = ["--json", str(tmp_path / "x.json"), "--report", str(tmp_path / "x.md")]
@@ -214,10 +223,20 @@ def test_the_tool_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     assert [task["task"] for task in found["tasks"]] == [task.name for task in state_tasks.TASKS]
 
 
-def test_unusable_texts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "short.txt").write_text("Too short.", encoding="utf-8")
-    for name, words in (("none.txt", "cannot be read"), ("short.txt", "at least 32 tokens are needed, found")):
+def test_what_cannot_be_used_is_named_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("Too short.", encoding="utf-8")
+    long.write_text("Long enough. " * 40, encoding="utf-8")
+    for arguments, words in (
+        ([tmp_path / "none.txt"], "cannot be read"),
+        ([short], "at least 32 tokens are needed, found"),
+        ([long, "--json", tmp_path / "none" / "x.json"], "there is no folder"),
+        ([long, "--checkpoint", short], "short.txt"),
+        ([long, "--tokenizer", short], "short.txt"),
+    ):
         with pytest.raises(SystemExit) as exit_:
-            state_precision.main(["--text", str(tmp_path / name)], SMALL)
+            state_precision.main(["--text", *map(str, arguments)], SMALL)
         assert exit_.value.code == 2
         assert words in capsys.readouterr().err
