@@ -46,18 +46,22 @@ def _text(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{report['checkpoint']} reads {report['text_file']} in {text['lanes']} lanes of {text['tokens_of_each']} "
         "tokens, the state carried from end to end. Divergence is from the float32 row's distribution, in bits a "
-        "token; the state's error is that of all WKV matrices at the end, relative to their norm. Of all decays, "
+        "token; the state's error is that of all WKV matrices, relative to their norm. Of all decays, "
         f"{lost['bf16']} are so near to 1 that bf16 loses them whole, and f16 {lost['f16']}; the largest number of a "
         f"WKV matrix is {text['largest']:.0f}."
     )
     yield ""
-    yield "| state | bits per byte | last quarter | divergence | first eighth | last quarter | state's error |"
-    yield "|---|---|---|---|---|---|---|"
+    yield (
+        "| state | bits per byte | last quarter | divergence | first eighth | last quarter "
+        "| state's error after an eighth | at the end |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
     for row in text["rows"]:
         yield (
             f"| {row['storage']} | {row['bits_per_byte']:.5f} | {row['bits_per_byte_last_quarter']:.5f} "
             f"| {row['divergence_bits_per_token']:.2e} | {row['divergence_by_eighth'][0]:.2e} "
-            f"| {row['divergence_bits_per_token_last_quarter']:.2e} | {row['state_error_at_eighths'][-1]:.2e} |"
+            f"| {row['divergence_bits_per_token_last_quarter']:.2e} | {100 * row['state_error_at_eighths'][0]:.2g}% "
+            f"| {100 * row['state_error_at_eighths'][-1]:.2g}% |"
         )
     yield ""
 
