@@ -5,7 +5,7 @@
 
 Only what is stored between two tokens is rounded; the step itself computes in float32. The demonstration model reads
 the text in four lanes from end to end, and tiny models, trained here, do the tasks of tools/state_tasks.py, on texts
-longer than they were trained on. Everything is seeded and runs in half an hour of one core. What was
+longer than they were trained on. Everything is seeded and runs in a quarter of an hour of one core. What was
 expected is in `predictions`, with what came out; it was written before anything was measured.
 
 What came out otherwise: more decays than expected are next to 1, and losing them is a bias, not noise. With bf16 the
