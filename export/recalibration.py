@@ -43,8 +43,8 @@ MAX_SKETCHES_PER_TOKEN = 256
 MAX_SEED = 2**32 - 1
 
 # Descent: the first step's sketches, by which it measures the matrix, those of the others, and those held out; how
-# small it begins, how far and how often it steps. Found on the demonstration model: half of the rate comes less far, and
-# with twice of it matrices with heavy-tailed inputs diverge.
+# small it begins, how far and how often it steps. Found on the demonstration model: with half of the rate it comes less
+# far, with twice of it matrices with heavy-tailed inputs diverge.
 _FIRST_BATCH = 4096
 _BATCH = 512
 HELD_OUT_SKETCHES = 2048

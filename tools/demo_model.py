@@ -206,6 +206,7 @@ class TimeMix(nn.Module):
         super().__init__()
         width, heads, size = config.width, config.heads, config.head
         self.heads, self.size, self.layer = heads, size, layer
+        self.reach = 1.0  # factor on what a removal takes away; with 2, which no released model has, it can turn signs
         depth = layer / max(1, config.layers - 1)  # 0 at the first layer, 1 at the last
         height = 1 - layer / config.layers  # 1 at the first, towards 0 at the last
         channel = torch.arange(width) / width
@@ -264,7 +265,7 @@ class TimeMix(nn.Module):
         k_hat = F.normalize((k * self.k_k).view(by_head), dim=-1, eps=1e-12)
         k = (k * (1 + (a - 1) * self.k_a)).view(by_head)
         r, v_heads = r.view(by_head), v.view(by_head)
-        operands = (r, log_w.view(by_head), k, v_heads, -k_hat, k_hat * a.view(by_head))
+        operands = (r, log_w.view(by_head), k, v_heads, -k_hat, k_hat * a.view(by_head) * self.reach)
         with torch.autocast(x.device.type, enabled=False):  # the recurrence never runs below the state's precision
             r32, log_w32, k32, v32, z32, b32 = (operand.to(wkv.dtype) for operand in operands)
             if chunk:
