@@ -59,7 +59,9 @@ SEED = 0
 
 # What is added to the diagonal of H, as parts of its mean: a short text leaves it singular. That one is taken under
 # which the outputs of held-out inputs come nearest.
-_DAMPINGS = (0.01, 0.1, 1.0)
+_DAMPINGS = (0.001, 0.01, 0.1, 1.0)
+# Sketches are whitened with this one: directions that hardly occur would be slow to learn.
+_SKETCH_DAMPING = 0.1
 # The lasso: rounds of descent (FISTA), and in how many steps its penalty falls.
 _LASSO_STEPS = 60
 _LASSO_PENALTIES = 6
@@ -195,7 +197,7 @@ def compensate(
         own_inputs, own_outputs = given.pop(name)
         error = source.tensor(rules[name]) - stored
         task = _Task(error, own_inputs, inputs, own_outputs - y, torch.from_numpy(held_out.reshape(-1)))
-        found[name] = task.solve(wanted, name).stored()
+        found[name] = task.solve(wanted).stored()
         if progress is not None:
             progress("compensating", len(found), len(chosen))
         return (inputs @ torch.from_numpy(found[name].added_to(stored.numpy())).T).numpy()
@@ -216,10 +218,10 @@ class _Task:
         self.held_inputs, self.held_missing = inputs[held_out], missing[held_out]
         self.moments = (self.inputs.T @ self.inputs) / len(self.inputs)
 
-    def solve(self, wanted: Compensation, name: str) -> Residual:
+    def solve(self, wanted: Compensation) -> Residual:
         residual = Residual()
         if wanted.share:
-            residual = self._sparse(wanted.kept_of(self.error.shape[1]), wanted.sparse, name)
+            residual = self._sparse(wanted.kept_of(self.error.shape[1]), wanted.sparse)
             added = torch.from_numpy(residual.added_to(np.zeros(self.error.shape, np.float32)))
             self.error = self.error - added
             self.missing = self.missing - self.inputs @ added.T
@@ -260,7 +262,7 @@ class _Task:
 
     def _by_sketches(self, rank: int) -> tuple[Tensor, Tensor]:
         """As `_by_regression`, but the outputs are only seen through sketches; the best of many steps, held out."""
-        factor = _factor(self.moments, _DAMPINGS[1])
+        factor = _factor(self.moments, _SKETCH_DAMPING)
         rng = np.random.default_rng(SEED)
 
         def whitened(inputs: Tensor) -> Float32Array:
@@ -287,7 +289,7 @@ class _Task:
 
     # --------------------------------------------------------------------------------------------------------- sparse
 
-    def _sparse(self, kept: int, method: str, name: str) -> Residual:
+    def _sparse(self, kept: int, method: str) -> Residual:
         if method == "magnitude":
             scores = self.error.abs()
         elif method == "weighted":
