@@ -102,7 +102,7 @@ Format read_format(const Json& item, const std::string& place) {
     const std::string& name = item.need("format", place).text(place + ", format");
     const std::optional<Format> format = format_named(name);
     if (!format.has_value()) {
-        refuse("is not a weight format", place, "f32, f16, bf16, int8, int4", shown(name));
+        refuse("is not a weight format", place, "f32, f16, bf16, int8, int4, int3", shown(name));
     }
     return *format;
 }

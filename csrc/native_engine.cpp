@@ -33,7 +33,8 @@ std::optional<Format> format_named(std::string_view name) {
                                                                      {"f16", Format::kF16},
                                                                      {"bf16", Format::kBf16},
                                                                      {"int8", Format::kInt8},
-                                                                     {"int4", Format::kInt4}};
+                                                                     {"int4", Format::kInt4},
+                                                                     {"int3", Format::kInt3}};
     for (const auto& [known, format] : kNames) {
         if (name == known) {
             return format;

@@ -9,6 +9,7 @@ typedef std::int32_t Int4 __attribute__((vector_size(16)));
 typedef std::uint32_t Unsigned4 __attribute__((vector_size(16)));
 typedef std::uint16_t UnsignedShort4 __attribute__((vector_size(8)));
 typedef std::int8_t Byte4 __attribute__((vector_size(4)));
+typedef std::uint8_t UnsignedByte4 __attribute__((vector_size(4)));
 
 struct F32x8 {
     Float4 low, high;
@@ -148,6 +149,9 @@ GOSLET_INLINE I32x8 load_small(const void* x) {
     std::memcpy(small, x, sizeof small);
     return {__builtin_convertvector(small[0], Int4), __builtin_convertvector(small[1], Int4)};
 }
+GOSLET_INLINE I32x8 load_lanes24(const std::uint8_t* x) {
+    return load_small<UnsignedShort4>(x) | shift_left<16>(load_small<UnsignedByte4>(x + 16));
+}
 GOSLET_INLINE F32x8 load_weights(const float* x) {
     return load(x);
 }
@@ -279,6 +283,27 @@ struct Int4Columns {
         split_nibbles(vector == 0 ? (x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2)
                                   : shift_right<16>(x1) | (x2 & broadcast_i32(-0x10000)),
                       pairs);
+    }
+};
+
+struct Int3Columns {
+    static constexpr std::size_t kPairs = 8;
+    template <int s>
+    static GOSLET_INLINE Pairs pair(I32x8 x1, I32x8 x2) {
+        const I32x8 mask = broadcast_i32(7);
+        return {(shift_right<3 * s>(x1) & mask) | shift_left<16>(shift_right<3 * s>(x2) & mask)};
+    }
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t, Pairs* pairs) {
+        const I32x8 x1 = load_lanes24(first);
+        const I32x8 x2 = load_lanes24(second);
+        pairs[0] = pair<0>(x1, x2);
+        pairs[1] = pair<1>(x1, x2);
+        pairs[2] = pair<2>(x1, x2);
+        pairs[3] = pair<3>(x1, x2);
+        pairs[4] = pair<4>(x1, x2);
+        pairs[5] = pair<5>(x1, x2);
+        pairs[6] = pair<6>(x1, x2);
+        pairs[7] = pair<7>(x1, x2);
     }
 };
 
