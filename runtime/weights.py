@@ -462,14 +462,14 @@ def pack_threes(numbers: ByteArray) -> ByteArray:
 
 def unpack_threes(data: ByteArray, k: int) -> ByteArray:
     """Undo `pack_threes`: uint8 [R, k] from 0 to 7."""
-    n_rows = len(data)
-    padded = np.zeros((n_rows, -(-k // 8) * 3), np.uint8)
+    n_rows, n_words = len(data), -(-k // 8)
+    padded = np.zeros((n_rows, 3 * n_words), np.uint8)
     padded[:, : data.shape[1]] = data
-    words = np.zeros((n_rows, padded.shape[1] // 3, 4), np.uint8)
-    words[:, :, :3] = padded.reshape(n_rows, -1, 3)
+    words = np.zeros((n_rows, n_words, 4), np.uint8)
+    words[:, :, :3] = padded.reshape(n_rows, n_words, 3)
     shifts = np.arange(0, 24, 3, dtype=np.uint32)
     eights = (words.view("<u4") >> shifts).astype(np.uint8) & np.uint8(7)
-    numbers: ByteArray = eights.reshape(n_rows, -1)[:, :k]
+    numbers: ByteArray = eights.reshape(n_rows, 8 * n_words)[:, :k]
     return numbers
 
 

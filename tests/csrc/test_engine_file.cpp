@@ -175,7 +175,8 @@ goslet::Format format_named(std::string_view name) {
            : name == "f16"  ? goslet::Format::kF16
            : name == "bf16" ? goslet::Format::kBf16
            : name == "int8" ? goslet::Format::kInt8
-                            : goslet::Format::kInt4;
+           : name == "int4" ? goslet::Format::kInt4
+                            : goslet::Format::kInt3;
 }
 
 // Names that need escapes, and a tensor so long a name that the header takes two pages.
@@ -218,7 +219,7 @@ TEST(sha256_is_the_standards) {
 // The sizes are those of the kernels' own matrices, so that the reader and the kernels cannot disagree.
 TEST(tensors_are_found_in_every_layout) {
     const Folder folder;
-    for (const char* const format : {"f32", "f16", "bf16", "int8", "int4"}) {
+    for (const char* const format : {"f32", "f16", "bf16", "int8", "int4", "int3"}) {
         for (const char* const layout : {"tiles", "columns"}) {
             for (const std::size_t n_out : {1, 8, 65}) {
                 for (const std::size_t n_in : {1, 31, 32, 67, 130}) {
@@ -262,7 +263,8 @@ TEST(tensors_are_found_in_rows) {
     const StoredTensor good[] = {{"f32", "rows", 0, "[2,3,5]", 120, 0},
                                  {"f16", "rows", 0, "[7]", 14, 0},
                                  {"int8", "rows", 128, "[3,130]", 390, 12},
-                                 {"int4", "rows", 32, "[5,67]", 170, 30}};
+                                 {"int4", "rows", 32, "[5,67]", 170, 30},
+                                 {"int3", "rows", 32, "[5,67]", 130, 30}};
     for (const StoredTensor& stored : good) {
         CHECK(engine_error(folder, engine_bytes(stored)) == "");
     }
@@ -276,7 +278,7 @@ TEST(tensors_are_found_in_rows) {
                                   {"f32", "rows", 0, "[4294967296,4294967296]", 0, 0},
                                   {"f32", "tiles", 0, "[4611686018427387904,4611686018427387904]", 0, 0},
                                   {"f32", "rows", 0, "[9223372036854775807]", 4, 0},
-                                  {"int3", "rows", 32, "[5,67]", 170, 30},
+                                  {"int2", "rows", 32, "[5,67]", 85, 30},
                                   {"f32", "diagonal", 0, "[1]", 4, 0}};
     for (const StoredTensor& stored : wrong) {
         CHECK(engine_error(folder, engine_bytes(stored)) == "damaged");
