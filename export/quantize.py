@@ -61,11 +61,12 @@ class Recipe:
 def recipe(quant: str, group: int = 32) -> Recipe:
     """The recipe behind a ``--quant`` name.
 
-    ``int4`` keeps LoRA and the embedding, of which a step reads one row, in int8: they cost next to nothing there.
+    ``int4`` keeps LoRA and the embedding, of which a step reads one row, in int8, and ``int3`` in int4: they cost next
+    to nothing there.
 
     Args:
-        quant: one of f32, f16, bf16, int8, int4.
-        group: weights along the input axis that share a scale: 32, 64 or 128; used by int8 and int4.
+        quant: one of f32, f16, bf16, int8, int4, int3.
+        group: weights along the input axis that share a scale: 32, 64 or 128; used by the integer formats.
 
     Raises:
         QuantizationError: no such format or group.
@@ -82,7 +83,7 @@ def recipe(quant: str, group: int = 32) -> Recipe:
         careful = matrix
     else:
         matrix = WeightFormat(quant, group)
-        careful = WeightFormat("int8", group)
+        careful = WeightFormat("int4" if quant == "int3" else "int8", group)
     return Recipe(
         quant,
         {
@@ -98,6 +99,9 @@ def recipe(quant: str, group: int = 32) -> Recipe:
 
 # What a budget of bits is spent on: the formats that a matrix may be stored in, of ever more bits.
 MENU = (
+    WeightFormat("int3", 128),
+    WeightFormat("int3", 64),
+    WeightFormat("int3", 32),
     WeightFormat("int4", 128),
     WeightFormat("int4", 64),
     WeightFormat("int4", 32),
