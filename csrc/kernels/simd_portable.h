@@ -262,6 +262,15 @@ GOSLET_INLINE void split_nibbles(I32x8 x, Pairs* pairs) {
     pairs[3] = {shift_right<12>(x) & mask};
 }
 
+// Of four numbers of three bits in every 16-bit lane, a vector for each.
+GOSLET_INLINE void split_threes(I32x8 x, Pairs* pairs) {
+    const I32x8 mask = broadcast_i32(0x00070007);
+    pairs[0] = {x & mask};
+    pairs[1] = {shift_right<3>(x) & mask};
+    pairs[2] = {shift_right<6>(x) & mask};
+    pairs[3] = {shift_right<9>(x) & mask};
+}
+
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
     static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
@@ -288,22 +297,11 @@ struct Int4Columns {
 
 struct Int3Columns {
     static constexpr std::size_t kPairs = 8;
-    template <int s>
-    static GOSLET_INLINE Pairs pair(I32x8 x1, I32x8 x2) {
-        const I32x8 mask = broadcast_i32(7);
-        return {(shift_right<3 * s>(x1) & mask) | shift_left<16>(shift_right<3 * s>(x2) & mask)};
-    }
     static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t, Pairs* pairs) {
         const I32x8 x1 = load_lanes24(first);
         const I32x8 x2 = load_lanes24(second);
-        pairs[0] = pair<0>(x1, x2);
-        pairs[1] = pair<1>(x1, x2);
-        pairs[2] = pair<2>(x1, x2);
-        pairs[3] = pair<3>(x1, x2);
-        pairs[4] = pair<4>(x1, x2);
-        pairs[5] = pair<5>(x1, x2);
-        pairs[6] = pair<6>(x1, x2);
-        pairs[7] = pair<7>(x1, x2);
+        split_threes((x1 & broadcast_i32(0xFFF)) | shift_left<16>(x2 & broadcast_i32(0xFFF)), pairs);
+        split_threes(shift_right<12>(x1) | (shift_left<4>(x2) & broadcast_i32(0xFFF0000)), pairs + 4);
     }
 };
 
