@@ -59,7 +59,7 @@ class PackedInput {
     std::ptrdiff_t count_zeros() const {
         const auto n_in = static_cast<std::ptrdiff_t>(matrix_.n_in);
         return takes_bytes(matrix_.format) ? std::count(integers8(), integers8() + n_in, std::int8_t{0})
-                                               : std::count(integers16(), integers16() + n_in, std::int16_t{0});
+                                           : std::count(integers16(), integers16() + n_in, std::int16_t{0});
     }
 
   private:

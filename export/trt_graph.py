@@ -2,8 +2,8 @@
 
 Products take their input in the precision asked for and give float32 back, so that norms, recurrences, states and the
 residual stream keep float32: a state is summed up over a whole conversation, and a decay close to 1 would lose most of
-its distance from 1. Weights of 4 and 8 bits stay what they are, and those of 3 bits become the same numbers in 4, in one
-of two forms:
+its distance from 1. Weights of 4 and 8 bits stay what they are, those of 3 bits become the same numbers in 4 bits, all
+in one of two forms:
 
 - ``qdq``: DequantizeLinear before MatMul, which TensorRT knows.
 - ``plugin``: a GosletProduct node, our own kernel, with the weights as `goslet.cuda_layout` packs them.

@@ -214,7 +214,7 @@ def _view(data: ByteArray, fmt: WeightFormat, layout: str, shape: Sequence[int])
 
     Tiles: words [tile, columns of a word, output]. Columns: numbers [block, column, output], and for int4 bytes
     [block, pair of columns, column of the pair, half of the block, lane, byte of the lane]. For int3, tiles are bytes
-    [tile, columns of a word, plane, output, column of the byte], columns bytes [block, column, half of the block, byte].
+    [tile, columns of a word, plane, output, column of the byte], columns bytes [block, column, half, byte of the half].
     """
     n_inputs = _round_up(shape[1], _COLUMN_PADDING)
     together = _stored_together(fmt, layout)

@@ -43,9 +43,10 @@ _SMALLEST_SCALE = np.float32(2.0**-24)
 _LARGEST_SCALE = np.float32(65504)
 _SMALLEST_NORMAL_SCALE = np.float32(2.0**-14)
 # Scales that are tried, as divisors of a group's largest magnitude; the first is the plain one, which clips nothing.
-# Above 8 with int4 and above 4 with int3 the largest is clipped, which pays in a group with one outlier. On normal, t(5)
-# and uniform numbers int4's come within 0.5% of the root-mean-square error of 53 divisors from 5.5 to 12; int3's, which
-# were added one by one, each the best beside those before it, within 1% of 41 divisors from 3 to 7 with either sign.
+# Above 8 with int4 and above 4 with int3 the largest is clipped, which pays in a group with one outlier. On normal,
+# t(5) and uniform numbers int4's come within 0.5% of the root-mean-square error of 53 divisors from 5.5 to 12; int3's,
+# which were added one by one, each the best beside those before it, within 1% of 41 divisors from 3 to 7 with either
+# sign.
 DIVISORS = {
     "int8": (127.0,),
     "int4": (7.0, 6.2, 6.5, 6.75, 7.2, 7.4, 7.6, 7.8, 8.0, 8.2, 8.4, 8.7, 9.0, 9.5, 10.2, 11.0),
@@ -213,8 +214,9 @@ def encode(array: npt.NDArray[Any], fmt: WeightFormat, name: str) -> EncodedWeig
 
     Floating formats round to nearest, ties to even; f32 shares the memory of a contiguous `array`. ``int8`` takes the
     scale amax / 127 of each group. ``int4`` takes amax / 7 and ``int3`` amax / 3, or one of a few scales near it where
-    that lessens the group's squared error (`DIVISORS`, `SIGNED_SCALES`). The scale is rounded to fp16 first (upwards where fp16 is subnormal, so that nothing is
-    clipped), then the integers are chosen for the rounded scale. A group whose numbers all become 0 has the scale 1.
+    that lessens the group's squared error (`DIVISORS`, `SIGNED_SCALES`). The scale is rounded to fp16 first (upwards
+    where fp16 is subnormal, so that nothing is clipped), then the integers are chosen for the rounded scale. A group
+    whose numbers all become 0 has the scale 1.
 
     Args:
         array: float32, of any strides; [N, K] for the integer formats.

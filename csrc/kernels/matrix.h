@@ -9,7 +9,8 @@
 //            int8             columns 2p and 2p+1: 16 bytes, byte 2·output + (c & 1)
 //            int4             columns 8b to 8b+7: 32 bytes, four for each output; the low half of byte i holds
 //                             column 8b+i, the high half column 8b+4+i, each as number + 8
-//            int3             columns 32b to 32b+31: three planes of 32 bytes, four for each output; with n(q) the number
+//            int3             columns 32b to 32b+31: three planes of 32 bytes, four for each output; with n(q) the
+//            number
 //                             of column 32b+4q+i plus 4, bits 0 to 2 of byte i of plane p hold n(2p) and bits 3 to 5
 //                             n(2p+1); bits 6 and 7 hold the two low bits of n(6) in plane 0, those of n(7) in plane 1,
 //                             and in plane 2 the high bits of n(6) and n(7)
@@ -20,7 +21,8 @@
 //            f32, f16, bf16, int8   64 numbers, one for each output
 //            int4             64 bytes: sixteen little-endian 32-bit lanes; lane 8h + j, bits 4s to 4s+3, hold the
 //                             number of output 64h + 8s + j, plus 8
-//            int3             48 bytes, 24 for each half: eight lanes of 24 bits, the low 16 bits of all before the high 8
+//            int3             48 bytes, 24 for each half: eight lanes of 24 bits, the low 16 bits of all before the
+//            high 8
 //                             of all; lane j of half h, bits 3s to 3s+2, hold the number of output 64h + 8s + j, plus 4
 //            scales           (n_blocks, groups, outputs of a block) fp16
 #pragma once
@@ -112,9 +114,10 @@ struct Matrix {
 //
 // Against integer weights: x = integers · scale of the row's group, with zeros from n_in to the end of the last group,
 // and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product, and twice what int3's
-// does. The integers have 16 bits and the weights' groups for int8; against int4 and int3, whose own rounding is coarser
-// by far, 8 bits and groups of kColumnPadding, which takes half of the arithmetic. All rows of a group lie together, because a product works on one
-// group of every row at a time: with rows a power of two apart, they would fall into few sets of a cache.
+// does. The integers have 16 bits and the weights' groups for int8; against int4 and int3, whose own rounding is
+// coarser by far, 8 bits and groups of kColumnPadding, which takes half of the arithmetic. All rows of a group lie
+// together, because a product works on one group of every row at a time: with rows a power of two apart, they would
+// fall into few sets of a cache.
 struct Activations {
     std::size_t n_rows;              // at most kMaxRows
     std::size_t stride;              // of floats

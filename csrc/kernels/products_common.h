@@ -183,8 +183,8 @@ struct IntegerFormat<Format::kInt3> : ByteActivations {
         // Two numbers of an input in each byte.
         const I32x8 low = broadcast_i32(0x3F);
         const I32x8 high = broadcast_i32(0xFC0);
-        const I32x8 first = (x[0] & low) | shift_left<8>(x[1] & low) | shift_left<16>(x[2] & low) |
-                            shift_left<24>(x[3] & low);
+        const I32x8 first =
+            (x[0] & low) | shift_left<8>(x[1] & low) | shift_left<16>(x[2] & low) | shift_left<24>(x[3] & low);
         const I32x8 second = shift_right<6>(x[0] & high) | shift_left<2>(x[1] & high) | shift_left<10>(x[2] & high) |
                              shift_left<18>(x[3] & high);
         words[0] = low_threes(first);

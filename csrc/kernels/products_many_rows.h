@@ -25,8 +25,7 @@ template <Format kFormat, Layout kLayout>
 struct IntegerPanels {
     using Integers = IntegerFormat<kFormat>;
     using Words = typename Integers::Words;
-    static constexpr std::size_t kMostWords =
-        (takes_bytes(kFormat) ? kColumnPadding : kMaxGroup) / Integers::kInputs;
+    static constexpr std::size_t kMostWords = (takes_bytes(kFormat) ? kColumnPadding : kMaxGroup) / Integers::kInputs;
     using Panel = Words[kMostWords][kPanelVectors];
 
     alignas(64) Panel panels[kPanels];

@@ -259,9 +259,9 @@ struct Int3Columns {
         const __m128i x1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
         const __m128i x2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
         const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(x1, x2), _mm_unpacklo_epi16(x1, x2));
-        const __m256i high = _mm256_cvtepu8_epi16(
-            _mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + 16)),
-                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second + 16))));
+        const __m256i high =
+            _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + 16)),
+                                                   _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second + 16))));
         const __m256i mask = _mm256_set1_epi16(7);
         pairs[0] = {_mm256_and_si256(low, mask)};
         pairs[1] = {_mm256_and_si256(_mm256_srli_epi16(low, 3), mask)};

@@ -89,7 +89,7 @@ constexpr std::uint32_t kVersion = 6;
 
 // A container put together by hand, so that the writer's mistakes are not made twice. Its header fits in a page.
 std::string container_bytes(std::string_view magic, std::uint32_t version, const std::string& members,
-                            const std::vector<Section>& sections) {
+                            const std::vector<Section>& sections, const std::string& features = "") {
     std::string list;
     std::string content;
     for (const Section& section : sections) {
@@ -100,7 +100,7 @@ std::string container_bytes(std::string_view magic, std::uint32_t version, const
                 R"("})";
         content += section.content;
     }
-    const std::string json = "{\"required_features\":[]," + members + ",\"sections\":[" + list + "]}";
+    const std::string json = "{\"required_features\":[" + features + "]," + members + ",\"sections\":[" + list + "]}";
     std::string head =
         std::string(magic) + little_endian(version, 4) + little_endian(0, 4) + little_endian(json.size(), 8) + json;
     const goslet::Sha256Digest digest = goslet::sha256(head);
@@ -328,6 +328,12 @@ TEST(versions_and_features_are_told_from_damage) {
     CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion + 1, "\"x\":0", none)) == "unsupported");
     CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none)) == "damaged");
     CHECK(engine_error(folder, container_bytes("GOSLETST", kVersion, "\"x\":0", none)) == "damaged");
+    const auto requiring = [&](const std::string& features) {
+        return engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none, features));
+    };
+    CHECK(requiring("\"int3\"") == "damaged");
+    CHECK(requiring("\"int3\",\"telepathy\"") == "unsupported");
+    CHECK(requiring("\"\"") == "unsupported");
 }
 
 TEST(only_ordinary_files_are_opened) {

@@ -396,7 +396,8 @@ void check_product(const Kernels& kernels, const Weights& weights, const Inputs&
 
 void check_products(const std::vector<std::size_t>& sizes_out, const std::vector<std::size_t>& sizes_in, Data kind) {
     std::mt19937 random(7);
-    for (const Format format : {Format::kF32, Format::kF16, Format::kBf16, Format::kInt8, Format::kInt4, Format::kInt3}) {
+    for (const Format format :
+         {Format::kF32, Format::kF16, Format::kBf16, Format::kInt8, Format::kInt4, Format::kInt3}) {
         for (const Layout layout : {Layout::kTiles, Layout::kColumns}) {
             for (const std::size_t group : {32, 64, 128}) {
                 if (!is_integer(format) && group != 32) {

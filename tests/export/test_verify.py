@@ -22,7 +22,7 @@ from goslet.weights import decode, encode  # noqa: E402
 
 
 @pytest.mark.parametrize("backend", ["native", "ort"])
-@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4", "int3"])
 def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     report = verify_engine(tiny_engines[quant], tiny_checkpoint, backend=backend)
     assert report.passed, report
@@ -42,9 +42,9 @@ def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, P
 def test_quantization_costs_what_its_bits_suggest(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     cost = {
         quant: verify_engine(tiny_engines[quant], tiny_checkpoint).divergence["kl_bits_per_token"]
-        for quant in ("f16", "int8", "int4")
+        for quant in ("f16", "int8", "int4", "int3")
     }
-    assert cost["f16"] < cost["int8"] < cost["int4"]
+    assert cost["f16"] < cost["int8"] < cost["int4"] < cost["int3"]
 
 
 def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path) -> None:

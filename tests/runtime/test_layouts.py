@@ -66,7 +66,10 @@ def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]
         for tile in range(outs // 8):
             if fmt.name == "int3":
                 for b in range(ins // 32):
-                    n = [[[three(8 * tile + o, 32 * b + 4 * q + i) for i in range(4)] for o in range(8)] for q in range(8)]
+                    n = [
+                        [[three(8 * tile + o, 32 * b + 4 * q + i) for i in range(4)] for o in range(8)]
+                        for q in range(8)
+                    ]
                     for p, rest in enumerate(
                         (
                             lambda o, i, n=n: n[6][o][i] & 3,

@@ -89,7 +89,18 @@ def group_errors(array: np.ndarray, decoded: np.ndarray, group: int) -> np.ndarr
 
 @pytest.mark.parametrize(
     "arguments",
-    [("int3",), ("int2", 32), ("",), ("int4",), ("int8", None), ("int4", 16), ("int4", 33), ("int8", 256), ("f32", 32), ("bf16", 64)],
+    [
+        ("int3",),
+        ("int2", 32),
+        ("",),
+        ("int4",),
+        ("int8", None),
+        ("int4", 16),
+        ("int4", 33),
+        ("int8", 256),
+        ("f32", 32),
+        ("bf16", 64),
+    ],
     ids=str,
 )
 def test_unknown_formats_are_refused(arguments: tuple[Any, ...]) -> None:
@@ -395,8 +406,8 @@ def test_the_search_lessens_the_error_of_normal_weights(fmt: WeightFormat, sprea
     ours = group_errors(array, decode(encode(array, fmt, "w")), fmt.group_size)
     others = group_errors(array, plain(array, fmt), fmt.group_size)
     assert (ours <= others * (1 + 1e-4)).all()
-    # Of plain rounding's squared error on normal numbers a dense grid reaches, in groups of 32 to 128, 0.78 to 0.74 with
-    # int4, and 0.51 to 0.46 with int3, whose positive scales alone would reach 0.62 to 0.51.
+    # Of plain rounding's squared error on normal numbers a dense grid reaches, in groups of 32 to 128, 0.78 to 0.74 in
+    # int4, and 0.51 to 0.46 in int3, whose positive scales alone would reach 0.62 to 0.51.
     assert ours.sum() < {"int4": 0.82, "int3": 0.53}[fmt.name] * others.sum()
 
 
