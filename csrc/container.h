@@ -59,10 +59,10 @@ class MappedFile {
 };
 
 struct ContainerKind {
-    std::string_view magic;          // 8 bytes
-    std::uint32_t version;           // the newest that is known
-    const char* name;                // "engine file"
-    std::string_view known_feature;  // the one that a file may require, or empty
+    std::string_view magic;               // 8 bytes
+    std::uint32_t version;                // the newest that is known
+    const char* name;                     // "engine file"
+    std::string_view known_feature = {};  // the one that a file may require, if there is one
 };
 
 struct SectionEntry {

@@ -11,7 +11,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kStateFile{"GOSLETST", 1, "state file", ""};
+constexpr ContainerKind kStateFile{"GOSLETST", 1, "state file"};
 constexpr const char* kSection = "state";
 constexpr std::size_t kCountFloats = sizeof(std::int64_t) / sizeof(float);
 
