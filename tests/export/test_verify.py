@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import goslet  # noqa: E402
 from goslet.enginefile import EngineFile, TensorSource, write_engine  # noqa: E402
 from goslet.errors import ChecksumError  # noqa: E402
 from goslet.export import export_engine, verify  # noqa: E402
-from goslet.export.verify import SAMPLE, verify_engine  # noqa: E402
-from goslet.weights import decode, encode  # noqa: E402
+from goslet.export.verify import SAMPLE, verify_engine, weight_limit  # noqa: E402
+from goslet.weights import GROUPS, INTEGER_RANGES, WeightFormat, decode, encode  # noqa: E402
 
 
 @pytest.mark.parametrize("backend", ["native", "ort"])
@@ -45,6 +46,12 @@ def test_quantization_costs_what_its_bits_suggest(tiny_engines: dict[str, Path],
         for quant in ("f16", "int8", "int4", "int3")
     }
     assert cost["f16"] < cost["int8"] < cost["int4"] < cost["int3"]
+
+
+def test_limits_of_weights_tell_them_from_zero() -> None:
+    """A weight of zeros errs by its whole norm."""
+    for name, group in itertools.product(INTEGER_RANGES, GROUPS):
+        assert weight_limit(WeightFormat(name, group)) < 0.9
 
 
 def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
