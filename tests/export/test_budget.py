@@ -161,7 +161,8 @@ class TestSensitivity:
                 changed = torch.from_numpy(decode(encode(weights[name].numpy(), fmt, name)))
                 found = _log_chances(source, {**weights, name: changed}, tokens[:, -24:])
                 measured[name] = float((np.exp(own) * (own - found)).sum(-1).mean())
-        assert all(costs[name][MENU[0]] > costs[name][MENU[3]] > costs[name][MENU[4]] for name in names)
+        finer = (MENU[0], fmt, *MENU[-2:])
+        assert all(costs[name][low] > costs[name][high] for name in names for low, high in itertools.pairwise(finer))
         ranks = [np.argsort(np.argsort([values[name] for name in names])) for values in (
             measured, {name: costs[name][fmt] for name in names})]  # fmt: skip
         assert np.corrcoef(*ranks)[0, 1] > 0.8
