@@ -249,8 +249,8 @@ def neighbours(original: Tensor, stored: EncodedWeight) -> NeighbourCheck:
     Every integer is one of the two beside the original number in steps of its group's scale, once that is clipped to
     the format's range; and every scale, but for its sign, is the group's largest magnitude by one of
     `goslet.weights.DIVISORS`, rounded to fp16. The first alone would let a large scale turn everything to zero, and a
-    small one everything to the range's ends. A matrix that is transposed, of another layer, or of another sign is several
-    steps away somewhere.
+    small one everything to the range's ends. A matrix that is transposed, of another layer, or of another sign is
+    several steps away somewhere.
 
     Args:
         original: float32 [N, K].

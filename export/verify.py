@@ -4,9 +4,10 @@
   at most half a step for each of g numbers, while the group's largest number is q steps; and, as 0 is a level, no
   number errs by more than itself, so that the error counts in the norm too. With r = g / 4q² the error is at most
   sqrt(r / (1 + r)) of the tensor's norm (`weight_limit`), which is below 1 for every format; a weight that is
-  transposed, of another layer or zero errs by about 1 or more. Where error feedback chose the integers they need not be the nearest, and are held number by
-  number to what it may choose: one of the two integers beside the checkpoint's number, under a scale that it may have
-  (`goslet.export.gptq.neighbours`). Both are parts of what is allowed, so that the limit is 1.
+  transposed, of another layer or zero errs by about 1 or more. Where error feedback chose the integers they need not be
+  the nearest, and are held number by number to what it may choose: one of the two integers beside the checkpoint's
+  number, under a scale that it may have (`goslet.export.gptq.neighbours`). Both are parts of what is allowed, so that
+  the limit is 1.
 - Graph: the engine's graph, run in float32, against the torch step on the engine's own dequantized weights. Errors are
   parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
   orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
