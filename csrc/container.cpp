@@ -209,7 +209,7 @@ Container::Container(const std::string& path, const ContainerKind& kind) : file_
     }
     try {
         header_ = Json::parse(head.substr(kPrefixBytes));
-        check_features();
+        check_features(kind);
         read_sections();
     } catch (const JsonError& error) {
         refuse(Kind::kDamaged, error.what(), "header");
@@ -259,11 +259,13 @@ void Container::read_prefix(const ContainerKind& kind) {
     }
 }
 
-void Container::check_features() const {
-    // No feature is known yet.
+void Container::check_features(const ContainerKind& kind) const {
     for (const Json& feature : header_.need("required_features", "header").array("required_features")) {
-        refuse(Kind::kUnsupported, "requires a feature that this goslet does not know", "required_features", "",
-               shown(feature.text("required_features")));
+        const std::string& name = feature.text("required_features");
+        if (kind.known_feature.empty() || name != kind.known_feature) {
+            refuse(Kind::kUnsupported, "requires a feature that this goslet does not know", "required_features", "",
+                   shown(name));
+        }
     }
 }
 

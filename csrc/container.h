@@ -59,9 +59,10 @@ class MappedFile {
 };
 
 struct ContainerKind {
-    std::string_view magic;  // 8 bytes
-    std::uint32_t version;   // the newest that is known
-    const char* name;        // "engine file"
+    std::string_view magic;               // 8 bytes
+    std::uint32_t version;                // the newest that is known
+    const char* name;                     // "engine file"
+    std::string_view known_feature = {};  // the one that a file may require, if there is one
 };
 
 struct SectionEntry {
@@ -88,7 +89,7 @@ class Container {
 
   private:
     void read_prefix(const ContainerKind& kind);
-    void check_features() const;
+    void check_features(const ContainerKind& kind) const;
     void read_sections();
     void check_padding() const;
     std::string_view bytes_of(const SectionEntry& entry) const;

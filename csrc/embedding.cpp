@@ -95,6 +95,14 @@ void decode_row(const TensorView& matrix, std::size_t index, float* out) {
                 out[column] = static_cast<float>((nibble ^ 8) - 8) * scale(column);
             }
             return;
+        case Format::kInt3:
+            for (std::size_t column = 0; column < k; ++column) {
+                // The byte of its last bit may be the one behind, or the same.
+                const std::size_t bit = 3 * column;
+                const int bits = (row[bit / 8] | row[(bit + 2) / 8] << 8) >> bit % 8 & 7;
+                out[column] = static_cast<float>((bits ^ 4) - 4) * scale(column);
+            }
+            return;
     }
 }
 

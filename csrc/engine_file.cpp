@@ -12,7 +12,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file", "int3"};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;
@@ -102,7 +102,7 @@ Format read_format(const Json& item, const std::string& place) {
     const std::string& name = item.need("format", place).text(place + ", format");
     const std::optional<Format> format = format_named(name);
     if (!format.has_value()) {
-        refuse("is not a weight format", place, "f32, f16, bf16, int8, int4, u16", shown(name));
+        refuse("is not a weight format", place, "f32, f16, bf16, int8, int4, int3, u16", shown(name));
     }
     return *format;
 }

@@ -29,12 +29,9 @@ void count_tokens(StateBuffer& state, std::size_t n_tokens) {
 }  // namespace
 
 std::optional<Format> format_named(std::string_view name) {
-    static constexpr std::pair<std::string_view, Format> kNames[] = {{"f32", Format::kF32},
-                                                                     {"f16", Format::kF16},
-                                                                     {"bf16", Format::kBf16},
-                                                                     {"int8", Format::kInt8},
-                                                                     {"int4", Format::kInt4},
-                                                                     {"u16", Format::kU16}};
+    static constexpr std::pair<std::string_view, Format> kNames[] = {
+        {"f32", Format::kF32},   {"f16", Format::kF16},   {"bf16", Format::kBf16}, {"int8", Format::kInt8},
+        {"int4", Format::kInt4}, {"int3", Format::kInt3}, {"u16", Format::kU16}};
     for (const auto& [known, format] : kNames) {
         if (name == known) {
             return format;

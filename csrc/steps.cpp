@@ -34,7 +34,7 @@ class PackedInput {
     void pack(const Kernels& kernels, const float* x, std::size_t row) const {
         const std::size_t group = matrix_.activation_group();
         const std::size_t place = row * group;
-        if (matrix_.format == Format::kInt4) {
+        if (takes_bytes(matrix_.format)) {
             kernels.pack8(x, matrix_.n_in, group, slots_, integers8() + place, scales_ + row, sums_ + row);
         } else {
             kernels.pack16(x, matrix_.n_in, group, slots_, integers16() + place, scales_ + row, sums_ + row);
@@ -44,7 +44,7 @@ class PackedInput {
     // As a product reads `n_rows` of them, from `row` on.
     Activations rows(std::size_t row, std::size_t n_rows) const {
         const std::size_t place = row * matrix_.activation_group();
-        const bool narrow = matrix_.format == Format::kInt4;
+        const bool narrow = takes_bytes(matrix_.format);
         return {n_rows,
                 0,
                 nullptr,
@@ -58,8 +58,8 @@ class PackedInput {
     // Zeros of the only row there is.
     std::ptrdiff_t count_zeros() const {
         const auto n_in = static_cast<std::ptrdiff_t>(matrix_.n_in);
-        return matrix_.format == Format::kInt4 ? std::count(integers8(), integers8() + n_in, std::int8_t{0})
-                                               : std::count(integers16(), integers16() + n_in, std::int16_t{0});
+        return takes_bytes(matrix_.format) ? std::count(integers8(), integers8() + n_in, std::int8_t{0})
+                                           : std::count(integers16(), integers16() + n_in, std::int16_t{0});
     }
 
   private:

@@ -100,8 +100,8 @@ def export_engine(
         checkpoint: an RWKV of version 4, 5, 6, 7 or 7a: a ``.pth``, ``.safetensors`` or ``.gguf`` file, or a Hugging
             Face folder.
         path: the engine file to write.
-        quant: f32, f16, bf16, int8 or int4, or a recipe of one's own.
-        group: weights that share a scale, 32, 64 or 128; for int8 and int4.
+        quant: f32, f16, bf16, int8, int4 or int3, or a recipe of one's own.
+        group: weights that share a scale, 32, 64 or 128; for the integer formats.
         bits: bits per weight of the whole model, scales, padding and vectors included; a calibration then chooses a
             format for every tensor (`goslet.export.quantize.budget_recipe`), and `quant` and `group` are not used.
         method: how integers are chosen: ``gptq``, with error feedback (`goslet.export.gptq`), or ``rtn``, rounding to
@@ -288,7 +288,7 @@ def _by_feedback(
             "would change nothing",
             place="calibration",
             found=f"method {RTN}" if integers else chosen.name,
-            remedy="leave it out, or choose int8, int4 or a number of bits and the method gptq",
+            remedy="leave it out, or choose int8, int4, int3 or a number of bits and the method gptq",
         )
     return calibrated and method != RTN and (bits is not None or integers)
 

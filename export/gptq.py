@@ -29,7 +29,9 @@ from torch import Tensor
 
 from ..errors import QuantizationError
 from ..weights import (
+    DIVISORS,
     INTEGER_RANGES,
+    SIGNED_SCALES,
     EncodedWeight,
     WeightFormat,
     decode,
@@ -42,11 +44,6 @@ from .calibration import LayerInputs
 # What is tried: the part of the mean of H's diagonal that is added to it, and whether columns go by size. The last is
 # nearly always within a few percent of the best.
 TRIED = ((0.1, False), (0.01, True), (0.1, True))
-# Scales that are tried, as divisors of the largest magnitude of a group; those of `goslet.weights`, and its plain one.
-DIVISORS = {
-    "int4": (7.0, 6.2, 6.5, 6.75, 7.2, 7.4, 7.6, 7.8, 8.0, 8.2, 8.4, 8.7, 9.0, 9.5, 10.2, 11.0),
-    "int8": (127.0,),
-}
 
 # Columns that are done before the rest of the matrix learns of their errors.
 _BLOCK_COLUMNS = 32
@@ -97,7 +94,7 @@ class Feedback:
 
         Args:
             weight: float32 [N, K].
-            fmt: ``int8`` or ``int4``.
+            fmt: an integer format.
 
         Returns:
             The integers, int8 [N, K], and the scales, float16 [N, groups].
@@ -127,15 +124,15 @@ class Feedback:
 
 
 def search_scales(weight: Tensor, importance: Tensor, fmt: WeightFormat) -> Tensor:
-    """The scale of every group, of `DIVISORS`, under which rounding to the nearest errs least.
+    """The scale of every group, of `goslet.weights.DIVISORS`, under which rounding to the nearest errs least.
 
     Args:
         weight: float32 [N, K].
         importance: float32 [K], what the square of a column's error counts.
-        fmt: ``int8`` or ``int4``.
+        fmt: an integer format.
 
     Returns:
-        float16 [N, groups], positive.
+        float16 [N, groups], positive or of the sign that `goslet.weights.SIGNED_SCALES` says.
     """
     group = fmt.group_size
     n_rows, n_columns = weight.shape
@@ -143,9 +140,12 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: WeightFormat) -> Tens
     grouped = torch.nn.functional.pad(weight, (0, padding)).reshape(n_rows, -1, group)
     counted = torch.nn.functional.pad(importance, (0, padding)).reshape(-1, group)
     largest = grouped.abs().amax(-1)
+    signs = torch.ones_like(largest)
+    if fmt.name in SIGNED_SCALES:
+        signs[grouped.amax(-1) == largest] = -1
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for divisor in DIVISORS[fmt.name]:
-        scales = (largest / divisor).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+        scales = (largest / divisor).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float() * signs
         steps = scales.unsqueeze(-1)
         error = torch.round(grouped / steps).clamp_(*INTEGER_RANGES[fmt.name]).mul_(steps).sub_(grouped).square_()
         total = torch.einsum("ngk,gk->ng", error, counted)
@@ -164,7 +164,7 @@ def quantize_matrix(weight: Tensor, fmt: WeightFormat, inputs: LayerInputs, name
 
     Args:
         weight: float32 [N, K].
-        fmt: ``int8`` or ``int4``.
+        fmt: an integer format.
         inputs: what the matrix was given in calibration.
         name: the tensor's name, for errors.
 
@@ -247,9 +247,10 @@ def neighbours(original: Tensor, stored: EncodedWeight) -> NeighbourCheck:
     """Whether a stored matrix is a checkpoint's, without the moments that it was quantized with.
 
     Every integer is one of the two beside the original number in steps of its group's scale, once that is clipped to
-    the format's range; and every scale is the group's largest magnitude by one of `DIVISORS`, rounded to fp16. The
-    first alone would let a large scale turn everything to zero, and a small one everything to the range's ends. A
-    matrix that is transposed, of another layer, or of another sign is several steps away somewhere.
+    the format's range; and every scale, but for its sign, is the group's largest magnitude by one of
+    `goslet.weights.DIVISORS`, rounded to fp16. The first alone would let a large scale turn everything to zero, and a
+    small one everything to the range's ends. A matrix that is transposed, of another layer, or of another sign is
+    several steps away somewhere.
 
     Args:
         original: float32 [N, K].
@@ -271,6 +272,7 @@ def neighbours(original: Tensor, stored: EncodedWeight) -> NeighbourCheck:
         # fp16 is exact to 2^-11, and to 2^-24 where it is subnormal. Numbers below all scales become 0 under any.
         most = largest / low * (1 + 2.0**-10) + _SMALLEST_SCALE
         least = largest / high * (1 - 2.0**-10) - _SMALLEST_SCALE
-        strain = torch.maximum(scales[rows] / most, least / scales[rows])
+        sizes = scales[rows].abs()
+        strain = torch.maximum(sizes / most, least / sizes)
         scale = max(scale, float(torch.where(largest < _SMALLEST_SCALE, 0.0, strain).max()))
     return NeighbourCheck(distance, scale)

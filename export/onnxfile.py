@@ -56,7 +56,7 @@ def _fill(graph: GraphProto, engine: EngineFile) -> None:
 
 
 def _gather(graph: GraphProto, engine: EngineFile) -> None:
-    """Replace the input x by the embedding's row of a token; int4 rows become int8, which Gather can take."""
+    """Replace the input x by the embedding's row of a token; int4 and int3 rows become int8, which Gather takes."""
     embedding = engine.weight(EMBEDDING)
     x = next(value for value in graph.input if value.name == "x")
     batch = x.type.tensor_type.shape.dim[0].dim_param

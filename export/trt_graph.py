@@ -2,7 +2,8 @@
 
 Products take their input in the precision asked for and give float32 back, so that norms, recurrences, states and the
 residual stream keep float32: a state is summed up over a whole conversation, and a decay close to 1 would lose most of
-its distance from 1. Weights of 4 and 8 bits stay what they are, in one of two forms:
+its distance from 1. Weights of 4 and 8 bits stay what they are, those of 3 bits become the same numbers in 4 bits, all
+in one of two forms:
 
 - ``qdq``: DequantizeLinear before MatMul, which TensorRT knows.
 - ``plugin``: a GosletProduct node, our own kernel, with the weights as `goslet.cuda_layout` packs them.
@@ -29,13 +30,15 @@ from ..cuda_layout import pack_scales, pack_weights, padded_inputs
 from ..enginefile import EngineFile
 from ..initializers import SCALE_SUFFIX, weight_buffers, weight_initializers
 from ..spec import EMBEDDING
-from ..weights import quantized_values
+from ..weights import EncodedWeight, as_int4, quantized_values
 
 PRECISIONS = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 WEIGHT_FORMS = ("qdq", "plugin")
 PRODUCT = "GosletProduct"
 DOMAIN = "goslet"
 OPSET = 21
+# What our kernels multiply with; they have none for 3 bits, whose numbers are exact in 4.
+KERNEL_BITS = {"int8": 8, "int4": 4, "int3": 4}
 # Constants of at most so many numbers are computed with.
 _SMALL = 64
 _FOLDED_TYPES = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
@@ -199,7 +202,7 @@ def _lower_products(
             graph.initializer.extend(_packed(engine, weight, content))
             product = helper.make_node(
                 PRODUCT, [casts[x], f"{weight}.packed", f"{weight}.packed_scale"], [f"{out}.low"],
-                name=f"product.{weight}", bits=int(engine.tensors[weight].format.name.removeprefix("int")), group=group,
+                name=f"product.{weight}", bits=KERNEL_BITS[engine.tensors[weight].format.name], group=group,
             )  # fmt: skip
             _mark(product)
             nodes.append(product)
@@ -267,7 +270,7 @@ def _packed(engine: EngineFile, name: str, content: dict[str, Callable[[], bytes
     entry = engine.tensors[name]
     n_out, n_in = entry.shape
     assert entry.format.group is not None
-    bits = int(entry.format.name.removeprefix("int"))
+    bits = KERNEL_BITS[entry.format.name]
     for suffix, data_type, shape, make in (
         ("packed", TensorProto.INT32, (n_out, padded_inputs(n_in) * bits // 32), _packed_weights),
         ("packed_scale", TensorProto.FLOAT16, (n_out, padded_inputs(n_in) // entry.format.group), _packed_scales),
@@ -276,12 +279,17 @@ def _packed(engine: EngineFile, name: str, content: dict[str, Callable[[], bytes
         yield TensorProto(name=f"{name}.{suffix}", data_type=data_type, dims=shape)
 
 
-def _packed_weights(engine: EngineFile, name: str) -> bytes:
+def _for_kernels(engine: EngineFile, name: str) -> EncodedWeight:
     stored = engine.weight(name)
-    return pack_weights(quantized_values(stored), int(stored.format.name.removeprefix("int"))).tobytes()
+    return as_int4(stored) if stored.format.name == "int3" else stored
+
+
+def _packed_weights(engine: EngineFile, name: str) -> bytes:
+    stored = _for_kernels(engine, name)
+    return pack_weights(quantized_values(stored), KERNEL_BITS[stored.format.name]).tobytes()
 
 
 def _packed_scales(engine: EngineFile, name: str) -> bytes:
-    stored = engine.weight(name)
+    stored = _for_kernels(engine, name)
     assert stored.scales is not None and stored.format.group is not None
     return pack_scales(stored.scales, stored.shape[1], stored.format.group).tobytes()

@@ -1,11 +1,13 @@
 """Does an engine compute what its checkpoint says? Its weights, its graph and its backend, each held to a limit.
 
-- Weights: every stored tensor against the checkpoint's. Rounding to the nearest of a symmetric group with largest level
-  q errs by at most half a step for each of g numbers, while the group's largest number is q steps, so the error is at
-  most sqrt(g) / (2 q) of the tensor's norm (`weight_limit`); a weight that is transposed, of another layer or zero errs
-  by about 1 or more. Where error feedback chose the integers they need not be the nearest, and are held number by
-  number to what it may choose: one of the two integers beside the checkpoint's number, under a scale that it may have
-  (`goslet.export.gptq.neighbours`). Both are parts of what is allowed, so that the limit is 1.
+- Weights: every stored tensor against the checkpoint's. Rounding to the nearest of a group with largest level q errs by
+  at most half a step for each of g numbers, while the group's largest number is q steps; and, as 0 is a level, no
+  number errs by more than itself, so that the error counts in the norm too. With r = g / 4q² the error is at most
+  sqrt(r / (1 + r)) of the tensor's norm (`weight_limit`), which is below 1 for every format; a weight that is
+  transposed, of another layer or zero errs by about 1 or more. Where error feedback chose the integers they need not be
+  the nearest, and are held number by number to what it may choose: one of the two integers beside the checkpoint's
+  number, under a scale that it may have (`goslet.export.gptq.neighbours`). Both are parts of what is allowed, so that
+  the limit is 1.
 - Graph: the engine's graph, run in float32, against the torch step on the engine's own dequantized weights. Errors are
   parts of an output's range (its largest magnitude in the reference over all tokens) and at most `FLOAT_LIMIT`: two
   orders of summation of some thousand products differ by about 1e-7 of range times the square root of their number.
@@ -248,7 +250,8 @@ def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
 def weight_limit(chosen: WeightFormat) -> float:
     """The largest error, as a part of a tensor's norm, that storing it in a format explains (see the module's page)."""
     if chosen.group is not None:
-        return 1.01 * math.sqrt(chosen.group) / (2 * INTEGER_RANGES[chosen.name][1])
+        ratio = chosen.group / (4 * INTEGER_RANGES[chosen.name][1] ** 2)
+        return 1.01 * math.sqrt(ratio / (1 + ratio))
     return {"f32": 1e-6, "f16": 2.0**-11, "bf16": 2.0**-8}[chosen.name]
 
 

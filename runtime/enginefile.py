@@ -39,6 +39,8 @@ from .weights import EncodedWeight, WeightFormat
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
 ENGINE_VERSION = 6
 ENGINE_KIND = "engine file"
+# What came after the first engines of this version: whoever does not know the format says that it is too old.
+KNOWN_FEATURES = frozenset({"int3"})
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
 
@@ -204,6 +206,7 @@ def write_engine(
         path,
         magic=ENGINE_MAGIC,
         version=ENGINE_VERSION,
+        required_features={entry.format.name for entry in entries} & KNOWN_FEATURES,
         header={
             "model": spec.to_json(),
             "state": state_spec.to_json(),
@@ -331,7 +334,9 @@ class EngineFile:
             ContainerError: the file cannot be read, is damaged or is not an engine file; its subclasses say which
                 (`goslet.container.read_container`).
         """
-        container = read_container(path, magic=ENGINE_MAGIC, version=ENGINE_VERSION, kind=ENGINE_KIND)
+        container = read_container(
+            path, magic=ENGINE_MAGIC, version=ENGINE_VERSION, kind=ENGINE_KIND, known_features=KNOWN_FEATURES
+        )
         try:
             file = cls(container)
             if check:

@@ -2,7 +2,7 @@
 
 `EngineFile.weight` gives a matrix as rows [out, in]; ONNX multiplies from the right, so the graph's initializer of the
 same name is [in, out], with float32 scales [⌈in / group⌉, out] beside it under the name plus ``.scale``. Vectors are as
-stored.
+stored. ONNX has no integers of 3 bits, so ``int3`` becomes the same numbers in INT4 when it is loaded.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from . import _native
 from .errors import HeaderError
 from .spec import EMBEDDING
-from .weights import EncodedWeight, WeightFormat
+from .weights import EncodedWeight, WeightFormat, as_int4
 
 if TYPE_CHECKING:
     from .enginefile import EngineFile
 
 SCALE_SUFFIX = ".scale"
 # TensorProto.DataType of onnx.proto.
-ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22, "u16": 4}
-_ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "u16": 16}
+ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22, "int3": 22, "u16": 4}
+_ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "int3": 4, "u16": 16}
 
 
 class Initializer(NamedTuple):
@@ -99,6 +99,8 @@ def graph_initializers(file: EngineFile) -> dict[str, NDArray[np.uint8]]:
 
 def weight_buffers(name: str, weight: EncodedWeight) -> dict[str, NDArray[np.uint8]]:
     """The raw bytes of the initializers that one stored tensor becomes, by name; `weight_initializers` lists them."""
+    if weight.format.name == "int3":
+        weight = as_int4(weight)
     if len(weight.shape) == 1:
         return {name: weight.data.reshape(-1).view(np.uint8)}
     buffers = {name: _transposed(weight)}

@@ -16,15 +16,26 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, QuantizationError
-from .weights import PLACES, SCALE_BYTES, ByteArray, EncodedWeight, Float16Array, WeightFormat
+from .weights import (
+    PLACES,
+    SCALE_BYTES,
+    ByteArray,
+    EncodedWeight,
+    Float16Array,
+    WeightFormat,
+    pack_threes,
+    unpack_threes,
+)
 
 LAYOUTS = ("rows", "tiles", "columns")
 
 _COLUMN_PADDING = 32  # kColumnPadding of csrc/kernels/matrix.h
-_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
+_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "int3": 3}
 # What one output contributes to a tile at a time: a number, two of int8's, or eight of int4's.
 _TILE_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "int8": "<u2", "int4": "<u4"}
 _COLUMN_WORDS = {"f32": "<u4", "f16": "<u2", "bf16": "<u2", "int8": "u1"}
+# What turns two's complement, as rows hold it, into a number and half of the range, as packed layouts do.
+_OFFSETS = {"int4": np.array([0x88], np.uint8), "int3": np.array([0x24, 0x49, 0x92], np.uint8)}
 # Bytes of padded rows that are reordered at once: their temporaries stay in a core's cache.
 _BLOCK_BYTES = 1 << 18
 
@@ -145,8 +156,7 @@ def pack(weight: EncodedWeight, layout: str) -> PackedWeight:
         rows = np.zeros((stop - start, padded_row_bytes), np.uint8)
         kept = min(stop, n_out) - start
         rows[:kept, :row_bytes] = weight.data[start : start + kept]
-        if fmt.name == "int4":
-            rows ^= np.uint8(0x88)
+        _offset(rows, fmt)
         _store(stored, rows, start, fmt, layout)
     if weight.scales is None:
         return PackedWeight(fmt, layout, shape, data, None)
@@ -170,15 +180,21 @@ def unpack(packed: PackedWeight) -> EncodedWeight:
         rows = _load(stored, start, stop, fmt, layout)
         kept = min(stop, n_out) - start
         data[start : start + kept] = rows[:kept, : data.shape[1]]
-    if fmt.name == "int4":
-        data ^= np.uint8(0x88)
-        if n_in % 2:
-            data[:, -1] &= np.uint8(0x0F)
+    _offset(data, fmt)
+    kept_bits = n_in * _BITS[fmt.name] % 8
+    if kept_bits:
+        data[:, -1] &= np.uint8((1 << kept_bits) - 1)
     if packed.scales is None:
         return EncodedWeight(fmt, shape, data, None)
     groups = fmt.groups(n_in)
     laid = packed.scales.reshape(-1, groups, together).transpose(0, 2, 1).reshape(-1, groups)
     return EncodedWeight(fmt, shape, data, np.ascontiguousarray(laid[:n_out]))
+
+
+def _offset(rows: ByteArray, fmt: WeightFormat) -> None:
+    """Change the integers of rows, in place, between two's complement and their offset form."""
+    if fmt.name in _OFFSETS:
+        rows ^= np.resize(_OFFSETS[fmt.name], rows.shape[1])
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -187,7 +203,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 def _stored_together(fmt: WeightFormat, layout: str) -> int:
     """Outputs in a tile or a block of columns: stored_together of csrc/kernels/matrix.h."""
-    return 8 if layout == "tiles" else 128 if fmt.name == "int4" else 64
+    return 8 if layout == "tiles" else 128 if fmt.name in _OFFSETS else 64
 
 
 def _padded_row_bytes(fmt: WeightFormat, n_in: int) -> int:
@@ -206,11 +222,15 @@ def _view(data: ByteArray, fmt: WeightFormat, layout: str, shape: Sequence[int])
     """The packed numbers with an axis for everything that is reordered.
 
     Tiles: words [tile, columns of a word, output]. Columns: numbers [block, column, output], and for int4 bytes
-    [block, pair of columns, column of the pair, half of the block, lane, byte of the lane].
+    [block, pair of columns, column of the pair, half of the block, lane, byte of the lane]. For int3, tiles are bytes
+    [tile, columns of a word, plane, output, column of the byte], columns bytes [block, column, half, byte of the half].
     """
     n_inputs = _round_up(shape[1], _COLUMN_PADDING)
     together = _stored_together(fmt, layout)
     n_blocks = -(-shape[0] // together)
+    if fmt.name == "int3":
+        shape_of = (n_inputs // 32, 3, 8, 4) if layout == "tiles" else (n_inputs, 2, 24)
+        return data.reshape(n_blocks, *shape_of)
     if layout == "tiles":
         return data.view(_TILE_WORDS[fmt.name]).reshape(n_blocks, -1, together)
     if fmt.name == "int4":
@@ -222,6 +242,9 @@ def _store(stored: _Words, rows: ByteArray, start: int, fmt: WeightFormat, layou
     """Put padded rows, int4's already offset by 8, where outputs from `start` on belong."""
     together = _stored_together(fmt, layout)
     place = slice(start // together, (start + rows.shape[0]) // together)
+    if fmt.name == "int3":
+        stored[place] = _three_tiles(rows) if layout == "tiles" else _three_columns(rows)
+        return
     if layout == "columns" and fmt.name == "int4":
         # Outputs 8s + j: those of an even s fill the low half of byte s / 2 of lane j, those of an odd s the high half.
         low, high = np.moveaxis(rows.reshape(-1, 2, 4, 2, 8, rows.shape[1]), 3, 0)
@@ -239,6 +262,8 @@ def _load(stored: _Words, start: int, stop: int, fmt: WeightFormat, layout: str)
     n_rows = stop - start
     together = _stored_together(fmt, layout)
     place = slice(start // together, stop // together)
+    if fmt.name == "int3":
+        return _rows_of_three_tiles(stored[place]) if layout == "tiles" else _rows_of_three_columns(stored[place])
     if layout == "columns" and fmt.name == "int4":
         even, odd = (stored[place, :, c].transpose(0, 2, 4, 3, 1) for c in (0, 1))
         rows = np.empty((n_rows // 128, 2, 4, 2, 8, stored.shape[1]), np.uint8)
@@ -249,6 +274,55 @@ def _load(stored: _Words, start: int, stop: int, fmt: WeightFormat, layout: str)
     if fmt.name == "int4":
         words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
     return words.view(np.uint8)
+
+
+def _three_tiles(rows: ByteArray) -> ByteArray:
+    """Padded rows of int3, offset by 4, as [tile, columns of a word, plane, output, column of the byte]."""
+    n_rows, n_in = len(rows), rows.shape[1] * 8 // 3
+    # Byte i of an output has columns 4q + i, q from 0 to 7.
+    q = unpack_threes(rows, n_in).reshape(n_rows // 8, 8, n_in // 32, 8, 4).transpose(3, 0, 2, 1, 4)
+    planes = np.empty((n_rows // 8, n_in // 32, 3, 8, 4), np.uint8)
+    for plane in range(3):
+        planes[:, :, plane] = q[2 * plane] | q[2 * plane + 1] << np.uint8(3)
+    planes[:, :, 0] |= q[6] << np.uint8(6)
+    planes[:, :, 1] |= q[7] << np.uint8(6)
+    planes[:, :, 2] |= (q[6] & np.uint8(4)) << np.uint8(4) | (q[7] & np.uint8(4)) << np.uint8(5)
+    return planes
+
+
+def _rows_of_three_tiles(planes: ByteArray) -> ByteArray:
+    """Undo `_three_tiles`."""
+    first, second, third = np.moveaxis(planes, 2, 0)
+    seven = np.uint8(7)
+    q = np.stack([field for plane in (first, second, third) for field in (plane & seven, plane >> np.uint8(3) & seven)])
+    sixth = first >> np.uint8(6) | third >> np.uint8(4) & np.uint8(4)
+    last = second >> np.uint8(6) | third >> np.uint8(5) & np.uint8(4)
+    whole = np.concatenate([q, sixth[None], last[None]]).transpose(1, 3, 2, 0, 4)
+    return pack_threes(whole.reshape(8 * len(planes), -1))
+
+
+def _three_columns(rows: ByteArray) -> ByteArray:
+    """Padded rows of int3, offset by 4, as bytes [block, column, half of the block, 24]."""
+    n_rows, n_in = len(rows), rows.shape[1] * 8 // 3
+    # Outputs 8s + j are bits 3s to 3s + 2 of lane j.
+    numbers = unpack_threes(rows, n_in).reshape(n_rows // 128, 2, 8, 8, n_in)
+    lanes = np.zeros((n_rows // 128, n_in, 2, 8), "<u4")
+    for s in range(8):
+        lanes |= numbers[:, :, s].transpose(0, 3, 1, 2).astype(np.uint32) << np.uint32(3 * s)
+    parts = lanes.view(np.uint8).reshape(*lanes.shape, 4)
+    low, high = parts[..., :2].reshape(*lanes.shape[:3], 16), parts[..., 2]
+    return np.concatenate([low, high], axis=3)
+
+
+def _rows_of_three_columns(stored: ByteArray) -> ByteArray:
+    """Undo `_three_columns`."""
+    n_blocks, n_in = stored.shape[:2]
+    parts = np.zeros((n_blocks, n_in, 2, 8, 4), np.uint8)
+    parts[..., :2] = stored[..., :16].reshape(n_blocks, n_in, 2, 8, 2)
+    parts[..., 2] = stored[..., 16:]
+    lanes = parts.view("<u4")
+    numbers = (lanes >> np.arange(0, 24, 3, dtype=np.uint32)).astype(np.uint8) & np.uint8(7)
+    return pack_threes(numbers.transpose(0, 2, 4, 3, 1).reshape(128 * n_blocks, n_in))
 
 
 def _swap(words: _Words, shift: int, mask: int) -> _Words:

@@ -56,6 +56,7 @@ CONTENDERS = (
     Contender("goslet int4", "goslet", "int4"),
     Contender("llama.cpp Q4_0", "llama.cpp", "Q4_0"),
     Contender("ort int4", "ort", "int4"),
+    Contender("goslet int3", "goslet", "int3"),
 )
 SKIPPING = (
     Contender("goslet int8, skipping", "goslet", "int8", skip_zeros=True),
@@ -67,12 +68,13 @@ PAIRS = (
     ("goslet int4", "llama.cpp Q4_0"),
     ("goslet int8", "ort int8"),
     ("goslet int4", "ort int4"),
+    ("goslet int3", "goslet int4"),
 )
 DEMO_PAIRS = (("goslet int8, skipping", "goslet int8"), ("goslet int4, skipping", "goslet int4"))
 # One group holds what PAIRS compares.
-CLASSES = {"f16": 16, "F16": 16, "f32": 16, "int8": 8, "Q8_0": 8, "int4": 4, "Q4_0": 4}
+CLASSES = {"f16": 16, "F16": 16, "f32": 16, "int8": 8, "Q8_0": 8, "int4": 4, "Q4_0": 4, "int3": 4}
 # Bits that a contender's process holds per weight; llama.cpp packs a second copy of Q4_0 beside the mapped file.
-HELD_BITS = {"f16": 16, "F16": 17, "f32": 48, "int8": 9, "Q8_0": 9, "int4": 5, "Q4_0": 10}
+HELD_BITS = {"f16": 16, "F16": 17, "f32": 48, "int8": 9, "Q8_0": 9, "int4": 5, "Q4_0": 10, "int3": 4}
 LLAMA_TYPES = {"Q8_0": 7, "Q4_0": 2}  # llama_ftype
 
 VOCAB_SIZE = 65536  # of a shape that does not say

@@ -50,7 +50,7 @@ LANES = 64
 # the divergences do not.
 MAX_LANE_TOKENS = 128
 INT4 = WeightFormat("int4", 32)
-BUDGETS = (4.3, 4.5, 5.0)
+BUDGETS = (3.3, 3.5, 3.75, 4.0, 4.3, 4.5, 5.0)
 
 
 class Quantizer:
@@ -109,10 +109,10 @@ class Row:
 
 
 def recipes() -> Iterator[tuple[Recipe, str]]:
-    """What is compared: the exporter's own recipes by every method, and int4 with one part in another format."""
+    """What is compared: the exporter's own recipes, and int4 with one part in another format, all to the nearest."""
     for quant in ("f32", "f16", "bf16"):
         yield recipe(quant), "rtn"
-    for quant in ("int8", "int4"):
+    for quant in ("int8", "int4", "int3"):
         for group in (32, 64, 128):
             base = recipe(quant, group)
             yield Recipe(f"{quant} group {group}", base.by_kind), "rtn"
@@ -126,15 +126,27 @@ def recipes() -> Iterator[tuple[Recipe, str]]:
 
 
 def calibrated_recipes(quantizer: Quantizer) -> Iterator[tuple[Recipe, str]]:
-    """What a calibration adds: searched scales, error feedback, and budgets of bits; and all of int4 by each method."""
+    """What a calibration adds.
+
+    Searched scales, error feedback, and budgets of bits; all of int4 and of int3 by each method; and int3 with one part
+    in another format.
+    """
     yield Recipe("int4 group 64, scales", recipe("int4", 64).by_kind), "scales"
-    for group in (32, 64, 128):
-        yield Recipe(f"int4 group {group}, gptq", recipe("int4", group).by_kind), "gptq"
+    for quant in ("int4", "int3"):
+        for group in (32, 64, 128):
+            yield Recipe(f"{quant} group {group}, gptq", recipe(quant, group).by_kind), "gptq"
     yield Recipe("int8 group 64, gptq", recipe("int8", 64).by_kind), "gptq"
-    low = WeightFormat("int4", 64)
-    whole = {kind: WeightFormat("f32") if kind is Kind.VECTOR else low for kind in Kind}
-    for method in ("rtn", "gptq"):
-        yield Recipe(f"all of int4 group 64, {method}", whole), method
+    for quant in ("int4", "int3"):
+        low = WeightFormat(quant, 64)
+        whole = {kind: WeightFormat("f32") if kind is Kind.VECTOR else low for kind in Kind}
+        for method in ("rtn", "gptq"):
+            yield Recipe(f"all of {quant} group 64, {method}", whole), method
+    formats = recipe("int3", 64).by_kind
+    for kind in Kind:
+        if kind is not Kind.VECTOR:
+            other = "int4" if formats[kind].name == "int3" else "int3"
+            by_kind = {**formats, kind: WeightFormat(other, 64)}
+            yield Recipe(f"int3 group 64, {kind.value} in {other}, gptq", by_kind), "gptq"
     assert quantizer.moments is not None
     sensitivities = output_sensitivities(quantizer.source, quantizer.moments.tokens)
     found = losses(quantizer.source, quantizer.moments, sensitivities, MENU)

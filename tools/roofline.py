@@ -5,7 +5,8 @@
 
 Nothing is measured here, and no weights are made: the bytes are those that an engine of the released RWKV-7 shapes
 stores. A token reads every weight and its scales once, of the embedding one row, and reads and writes the state. What
-a step does besides is left out, so that these are bounds which no program passes, not speeds to expect.
+a step does besides is left out, so that these are bounds which no program passes, not speeds to expect. int3 is not
+among them: its weights are moved as int4 by what runs on a GPU.
 """
 
 from __future__ import annotations

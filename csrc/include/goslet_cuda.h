@@ -71,7 +71,8 @@ GOSLET_CUDA_API int goslet_cuda_wkv7(goslet_cuda_type type, goslet_cuda_type sta
 
 // y = x Wᵀ for 1 to 8 rows of x [n_rows, n_in] and y [n_rows, n_out] of `type`, W [n_out, n_in] of 4 or 8 bits with a
 // scale for every `group` (32, 64 or 128) inputs of an output. n_in must be a multiple of 32. Sums are float; with f16
-// and bf16 the products are those of the tensor cores, exact before they are added.
+// and bf16 the products are those of the tensor cores, exact before they are added. There are no products with 3 bits:
+// goslet's int3 goes in as the same numbers in 4.
 //
 // n_in is padded to the next multiple of 128, the numbers there are zero (their halves 8) and so are their scales.
 // Words of 32 bits are little-endian.

@@ -77,9 +77,9 @@ struct Wkv7Head {
 struct Kernels {
     const char* isa;
 
-    // One row of activations, x (n), into its place among `slots` rows for weights in int8 (16 bits) or int4 (8 bits):
-    // integers (n_groups, slots, group), scales and sums (n_groups, slots), each from this row's slot on. scale =
-    // max|x| / 32767 of the group, or / 127; 0 for a group of zeros.
+    // One row of activations, x (n), into its place among `slots` rows for weights in int8 (16 bits) or int4 and int3
+    // (8 bits): integers (n_groups, slots, group), scales and sums (n_groups, slots), each from this row's slot on.
+    // scale = max|x| / 32767 of the group, or / 127; 0 for a group of zeros.
     void (*pack16)(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int16_t* integers,
                    float* scales, std::int32_t* sums);
     void (*pack8)(const float* x, std::size_t n, std::size_t group, std::size_t slots, std::int8_t* integers,

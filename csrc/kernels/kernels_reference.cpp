@@ -34,7 +34,7 @@ std::uint32_t little_endian(const std::uint8_t* data, std::size_t n_bytes) {
     return number;
 }
 
-// Where the number at (output, input) begins, in bits.
+// Where the number at (output, input) begins, in bits; for int3, what holds it.
 std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) {
     const std::size_t bits = format_bits(matrix.format);
     if (matrix.layout == Layout::kTiles) {
@@ -45,6 +45,9 @@ std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) 
                 return (tile + input / 2 * 16 + 2 * lane + input % 2) * bits;
             case Format::kInt4:
                 return (tile + input / 8 * 64) * bits + lane * 32 + input % 4 * 8 + input % 8 / 4 * 4;
+            case Format::kInt3:
+                // Where bits are scattered, see three_bits.
+                return (tile + input / 32 * 256) * bits;
             default:
                 return (tile + input * kTileRows + lane) * bits;
         }
@@ -52,10 +55,39 @@ std::size_t bit_of(const Matrix& matrix, std::size_t output, std::size_t input) 
     const std::size_t outputs = stored_together(matrix.format, matrix.layout);
     const std::size_t place = (output / outputs * matrix.padded_in() + input) * outputs;
     const std::size_t inside = output % outputs;
+    if (matrix.format == Format::kInt3) {
+        return place * bits + inside / 64 * 192;
+    }
     if (matrix.format == Format::kInt4) {
         return place * bits + inside / 64 * 256 + inside % 8 * 32 + inside % 64 / 8 * 4;
     }
     return (place + inside) * bits;
+}
+
+int bit_at(const std::uint8_t* data, std::size_t bit) {
+    return data[bit / 8] >> bit % 8 & 1;
+}
+
+// The number of int3, plus 4.
+int three_bits(const Matrix& matrix, std::size_t output, std::size_t input) {
+    std::size_t bits[3];  // where the lowest, the middle and the highest lie
+    const std::size_t first = bit_of(matrix, output, input);
+    if (matrix.layout == Layout::kTiles) {
+        const std::size_t quad = input % 32 / 4;
+        const std::size_t byte = first + output % kTileRows * 32 + input % 4 * 8;
+        for (std::size_t i = 0; i < 3; ++i) {
+            const std::size_t plane = quad < 6 ? quad / 2 : (i < 2 ? quad - 6 : 2);
+            const std::size_t inside = quad < 6 ? quad % 2 * 3 + i : (i < 2 ? 6 + i : quad);
+            bits[i] = byte + plane * 256 + inside;
+        }
+    } else {
+        const std::size_t lane = output % 8;
+        for (std::size_t i = 0; i < 3; ++i) {
+            const std::size_t inside = output % 64 / 8 * 3 + i;
+            bits[i] = first + (inside < 16 ? lane * 16 + inside : 128 + lane * 8 + inside - 16);
+        }
+    }
+    return bit_at(matrix.data, bits[0]) | bit_at(matrix.data, bits[1]) << 1 | bit_at(matrix.data, bits[2]) << 2;
 }
 
 double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
@@ -72,6 +104,8 @@ double weight(const Matrix& matrix, std::size_t output, std::size_t input) {
             return static_cast<std::int8_t>(*data);
         case Format::kInt4:
             return static_cast<double>(*data >> bit % 8 & 15) - 8.0;
+        case Format::kInt3:
+            return three_bits(matrix, output, input) - 4.0;
         case Format::kU16:
             break;
     }
@@ -119,7 +153,7 @@ void multiply(const Matrix& matrix, const Activations& x, std::size_t first_unit
                     for (std::size_t i = group * size; i < (group + 1) * size && i < matrix.n_in; ++i) {
                         const std::size_t at = (group * x.slots + row) * size + i % size;
                         sum += weight(matrix, output, i) *
-                               (matrix.format == Format::kInt4 ? x.integers8[at] : x.integers16[at]);
+                               (takes_bytes(matrix.format) ? x.integers8[at] : x.integers16[at]);
                     }
                     total += sum * x.scales[group * x.slots + row] * scale(matrix, output, group * size / matrix.group);
                 }

@@ -9,12 +9,21 @@
 //            int8             columns 2p and 2p+1: 16 bytes, byte 2·output + (c & 1)
 //            int4             columns 8b to 8b+7: 32 bytes, four for each output; the low half of byte i holds
 //                             column 8b+i, the high half column 8b+4+i, each as number + 8
+//            int3             columns 32b to 32b+31: three planes of 32 bytes, four for each output; with n(q) the
+//            number
+//                             of column 32b+4q+i plus 4, bits 0 to 2 of byte i of plane p hold n(2p) and bits 3 to 5
+//                             n(2p+1); bits 6 and 7 hold the two low bits of n(6) in plane 0, those of n(7) in plane 1,
+//                             and in plane 2 the high bits of n(6) and n(7)
 //            scales           (n_tiles, groups, 8) fp16
-//   columns  outputs in blocks of 64, for int4 of 128 (the last one padded); a block holds one input after another,
-//            each in whole cache lines, so that inputs whose activation is zero need not be read:
+//   columns  outputs in blocks of 64, for int4 and int3 of 128 (the last one padded); a block holds one input after
+//            another, each in whole cache lines, for int3 in three quarters of one, so that inputs whose activation is
+//            zero need not be read:
 //            f32, f16, bf16, int8   64 numbers, one for each output
 //            int4             64 bytes: sixteen little-endian 32-bit lanes; lane 8h + j, bits 4s to 4s+3, hold the
 //                             number of output 64h + 8s + j, plus 8
+//            int3             48 bytes, 24 for each half: eight lanes of 24 bits, the low 16 bits of all before the
+//            high 8
+//                             of all; lane j of half h, bits 3s to 3s+2, hold the number of output 64h + 8s + j, plus 4
 //            scales           (n_blocks, groups, outputs of a block) fp16
 #pragma once
 
@@ -29,7 +38,7 @@ constexpr std::size_t kColumnPadding = 32;
 constexpr std::size_t kMaxRows = 64;
 
 // kU16 are places in another tensor; no product takes it.
-enum class Format : std::uint8_t { kF32, kF16, kBf16, kInt8, kInt4, kU16 };
+enum class Format : std::uint8_t { kF32, kF16, kBf16, kInt8, kInt4, kInt3, kU16 };
 enum class Layout : std::uint8_t { kTiles, kColumns };
 
 constexpr std::size_t round_up(std::size_t size, std::size_t multiple) {
@@ -37,7 +46,12 @@ constexpr std::size_t round_up(std::size_t size, std::size_t multiple) {
 }
 
 constexpr bool is_integer(Format format) {
-    return format == Format::kInt8 || format == Format::kInt4;
+    return format == Format::kInt8 || format == Format::kInt4 || format == Format::kInt3;
+}
+
+// Whether activations that meet weights of this format have 8 bits, and groups of their own.
+constexpr bool takes_bytes(Format format) {
+    return format == Format::kInt4 || format == Format::kInt3;
 }
 
 constexpr std::size_t format_bits(Format format) {
@@ -52,18 +66,20 @@ constexpr std::size_t format_bits(Format format) {
             return 8;
         case Format::kInt4:
             return 4;
+        case Format::kInt3:
+            return 3;
     }
     return 0;
 }
 
 // Bytes of an activation that meets weights of this format.
 constexpr std::size_t activation_bytes(Format format) {
-    return format == Format::kInt4 ? 1 : (format == Format::kInt8 ? 2 : 4);
+    return takes_bytes(format) ? 1 : (format == Format::kInt8 ? 2 : 4);
 }
 
 // Outputs that are stored together, and to a multiple of which they are padded.
 constexpr std::size_t stored_together(Format format, Layout layout) {
-    return layout == Layout::kTiles ? kTileRows : (format == Format::kInt4 ? 128 : 64);
+    return layout == Layout::kTiles ? kTileRows : (takes_bytes(format) ? 128 : 64);
 }
 
 // A view of one matrix (n_out, n_in); owns nothing.
@@ -79,7 +95,7 @@ struct Matrix {
     std::size_t padded_in() const { return round_up(n_in, kColumnPadding); }
     std::size_t n_groups() const { return group == 0 ? 0 : (n_in + group - 1) / group; }
     // Inputs whose activations share a scale, and how many such groups there are; 0 for the floating formats.
-    std::size_t activation_group() const { return format == Format::kInt4 ? kColumnPadding : group; }
+    std::size_t activation_group() const { return takes_bytes(format) ? kColumnPadding : group; }
     std::size_t n_activation_groups() const {
         return group == 0 ? 0 : (n_in + activation_group() - 1) / activation_group();
     }
@@ -99,17 +115,18 @@ struct Matrix {
 // Against floating weights: `floats`, rows `stride` apart, with zeros from n_in to the next multiple of kColumnPadding.
 //
 // Against integer weights: x = integers · scale of the row's group, with zeros from n_in to the end of the last group,
-// and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product. The integers have 16 bits
-// and the weights' groups for int8; against int4, whose own rounding is coarser by far, 8 bits and groups of
-// kColumnPadding, which takes half of the arithmetic. All rows of a group lie together, because a product works on one
-// group of every row at a time: with rows a power of two apart, they would fall into few sets of a cache.
+// and `sums` the sum of each group's integers, times 8: what int4's offset adds to a product, and twice what int3's
+// does. The integers have 16 bits and the weights' groups for int8; against int4 and int3, whose own rounding is
+// coarser by far, 8 bits and groups of kColumnPadding, which takes half of the arithmetic. All rows of a group lie
+// together, because a product works on one group of every row at a time: with rows a power of two apart, they would
+// fall into few sets of a cache.
 struct Activations {
     std::size_t n_rows;              // at most kMaxRows
     std::size_t stride;              // of floats
     const float* floats;             // (n_rows, stride), or null
     std::size_t slots;               // rows that there is room for in each group, at least n_rows
     const std::int16_t* integers16;  // (n_activation_groups, slots, activation_group) for int8, or null
-    const std::int8_t* integers8;    // the same for int4, or null
+    const std::int8_t* integers8;    // the same for int4 and int3, or null
     const float* scales;             // (n_activation_groups, slots), or null
     const std::int32_t* sums;        // (n_activation_groups, slots), or null
 };

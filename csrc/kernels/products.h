@@ -107,6 +107,8 @@ inline void multiply(const Matrix& matrix, const Activations& x, std::size_t fir
             return multiply_format<Format::kInt8>(matrix, x, first_unit, end_unit, out, out_stride, skip_zeros);
         case Format::kInt4:
             return multiply_format<Format::kInt4>(matrix, x, first_unit, end_unit, out, out_stride, skip_zeros);
+        case Format::kInt3:
+            return multiply_format<Format::kInt3>(matrix, x, first_unit, end_unit, out, out_stride, skip_zeros);
         case Format::kU16:
             return;
     }

@@ -39,11 +39,13 @@ GOSLET_INLINE F32x8 load_scales(const std::uint16_t* scales) {
     return load_weights(reinterpret_cast<const F16*>(scales));
 }
 
-// A group's sums without what int4's offset of 8 added too much.
+// A group's sums without what int4's offset of 8 or int3's of 4 added too much.
 template <Format kFormat>
 GOSLET_INLINE I32x8 without_offset(I32x8 sums, const Activations& x, std::size_t row, std::size_t group) {
     if constexpr (kFormat == Format::kInt4) {
         return sums - broadcast_i32(x.sums[group * x.slots + row]);
+    } else if constexpr (kFormat == Format::kInt3) {
+        return sums - broadcast_i32(x.sums[group * x.slots + row] / 2);
     }
     return sums;
 }
@@ -63,6 +65,11 @@ GOSLET_INLINE Quads low_quads(I32x8 x) {
 }
 GOSLET_INLINE Quads high_quads(I32x8 x) {
     return {shift_right<4>(x) & broadcast_i32(0x0F0F0F0F)};
+}
+
+// The same where they are the three low bits of all bytes.
+GOSLET_INLINE Quads low_threes(I32x8 x) {
+    return {x & broadcast_i32(0x07070707)};
 }
 
 // How the weights of an integer format meet activations, `Activation`: `Words` are eight outputs' weights for kInputs
@@ -97,8 +104,8 @@ struct IntegerFormat<Format::kInt8> {
     }
     using Columns = Int8Columns;
 };
-template <>
-struct IntegerFormat<Format::kInt4> {
+// What int4 and int3 share.
+struct ByteActivations {
     using Activation = std::int8_t;
     using Words = Quads;
     using Sums = QuadSums;
@@ -113,7 +120,9 @@ struct IntegerFormat<Format::kInt4> {
         static_assert(kColumnPadding == 32);
         return group >> matrix.group / 64;  // of 32, 64 or 128
     }
-
+};
+template <>
+struct IntegerFormat<Format::kInt4> : ByteActivations {
     static constexpr std::size_t kTileWords = 2;
     static constexpr std::size_t kTileBytes = 32;
     static GOSLET_INLINE void unpack_tile(const std::uint8_t* data, Words* words) {
@@ -143,6 +152,47 @@ struct IntegerFormat<Format::kInt4> {
         words[3] = high_quads(odd);
     }
     using Columns = Int4Columns;
+};
+template <>
+struct IntegerFormat<Format::kInt3> : ByteActivations {
+    static constexpr std::size_t kTileWords = 8;
+    static constexpr std::size_t kTileBytes = 96;
+    static GOSLET_INLINE void unpack_tile(const std::uint8_t* data, Words* words) {
+        const I32x8 x[3] = {load_bits(data), load_bits(data + 32), load_bits(data + 64)};
+#pragma GCC unroll 3
+        for (std::size_t plane = 0; plane < 3; ++plane) {
+            words[2 * plane] = low_threes(x[plane]);
+            words[2 * plane + 1] = low_threes(shift_right<3>(x[plane]));
+        }
+        const I32x8 low = broadcast_i32(0x03030303);
+        const I32x8 high = broadcast_i32(0x04040404);
+        words[6] = {(shift_right<6>(x[0]) & low) | (shift_right<4>(x[2]) & high)};
+        words[7] = {(shift_right<6>(x[1]) & low) | (shift_right<5>(x[2]) & high)};
+    }
+
+    static constexpr std::size_t kColumnWords = 4;
+    static GOSLET_INLINE void unpack_columns(const std::uint8_t* data, std::size_t input_bytes, std::size_t vector,
+                                             Words* words) {
+        I32x8 x[kInputs];
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kInputs; ++i) {
+            // Vectors 0 to 3 are in the low halves of the 24-bit lanes, the others in the high halves.
+            x[i] = load_lanes24(data + i * input_bytes);
+            x[i] = vector == 0 ? x[i] : shift_right<12>(x[i]);
+        }
+        // Two numbers of an input in each byte.
+        const I32x8 low = broadcast_i32(0x3F);
+        const I32x8 high = broadcast_i32(0xFC0);
+        const I32x8 first =
+            (x[0] & low) | shift_left<8>(x[1] & low) | shift_left<16>(x[2] & low) | shift_left<24>(x[3] & low);
+        const I32x8 second = shift_right<6>(x[0] & high) | shift_left<2>(x[1] & high) | shift_left<10>(x[2] & high) |
+                             shift_left<18>(x[3] & high);
+        words[0] = low_threes(first);
+        words[1] = low_threes(shift_right<3>(first));
+        words[2] = low_threes(second);
+        words[3] = low_threes(shift_right<3>(second));
+    }
+    using Columns = Int3Columns;
 };
 
 template <Format>

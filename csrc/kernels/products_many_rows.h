@@ -25,8 +25,7 @@ template <Format kFormat, Layout kLayout>
 struct IntegerPanels {
     using Integers = IntegerFormat<kFormat>;
     using Words = typename Integers::Words;
-    static constexpr std::size_t kMostWords =
-        (kFormat == Format::kInt4 ? kColumnPadding : kMaxGroup) / Integers::kInputs;
+    static constexpr std::size_t kMostWords = (takes_bytes(kFormat) ? kColumnPadding : kMaxGroup) / Integers::kInputs;
     using Panel = Words[kMostWords][kPanelVectors];
 
     alignas(64) Panel panels[kPanels];
@@ -47,9 +46,11 @@ struct IntegerPanels {
                 for (std::size_t word = 0; word < n_words; word += Integers::kTileWords) {
                     Words words[Integers::kTileWords];
                     Integers::unpack_tile(data, words);
-                    fetch_second(data + kAheadBytes);
+                    for (std::size_t line = 0; line < Integers::kTileBytes; line += kLineBytes) {
+                        fetch_second(data + line + kAheadBytes);
+                    }
                     data += Integers::kTileBytes;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (std::size_t w = 0; w < Integers::kTileWords; ++w) {
                         store_words(place(word + w, v), words[w]);
                     }

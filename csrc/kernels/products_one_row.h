@@ -13,7 +13,7 @@ inline void row_of_integer_tiles(const Matrix& matrix, const Activations& x, std
                                  std::size_t end_unit, float* out) {
     using Integers = IntegerFormat<kFormat>;
     constexpr std::size_t kInputs = Integers::kTileWords * Integers::kInputs;  // of one unpacking
-    constexpr std::size_t kUnpackings = kLineBytes / Integers::kTileBytes;
+    constexpr std::size_t kUnpackings = Integers::kTileBytes < kLineBytes ? kLineBytes / Integers::kTileBytes : 1;
     constexpr std::size_t kChains = 4;  // so that a sum need not wait for the one before
     const std::size_t padded_in = matrix.padded_in();
     const std::size_t n_groups = matrix.n_activation_groups();
@@ -34,12 +34,15 @@ inline void row_of_integer_tiles(const Matrix& matrix, const Activations& x, std
             }
 #pragma GCC unroll 2
             for (std::size_t input = 0; input < n_inputs; input += kUnpackings * kInputs) {
-                fetch_first(data + kAheadBytes);
+#pragma GCC unroll 2
+                for (std::size_t line = 0; line < kUnpackings * Integers::kTileBytes; line += kLineBytes) {
+                    fetch_first(data + line + kAheadBytes);
+                }
 #pragma GCC unroll 4
                 for (std::size_t i = 0; i < kUnpackings; ++i, data += Integers::kTileBytes, integers += kInputs) {
                     typename Integers::Words words[Integers::kTileWords];
                     Integers::unpack_tile(data, words);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (std::size_t w = 0; w < Integers::kTileWords; ++w) {
                         auto& sum = sums[(i * Integers::kTileWords + w) % kChains];
                         sum = dot(sum, words[w], load_inputs(integers + w * Integers::kInputs));
@@ -139,6 +142,9 @@ struct Inputs {
         for (std::size_t i = 0; i < count; ++i) {
             for (std::size_t line = 0; line < input_bytes; line += kLineBytes) {
                 fetch_second(weights + at[i] * input_bytes + line);
+            }
+            if (input_bytes % kLineBytes != 0) {
+                fetch_second(weights + (at[i] + 1) * input_bytes - 1);  // its last line may be one more
             }
         }
         at[count] = count == 0 ? std::uint16_t{0} : at[count - 1];

@@ -86,6 +86,11 @@ GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
 GOSLET_INLINE I32x8 load_bits(const std::uint8_t* x) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
 }
+GOSLET_INLINE I32x8 load_lanes24(const std::uint8_t* x) {
+    const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + 16)));
+    return {_mm256_or_si256(low, _mm256_slli_epi32(high, 16))};
+}
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), a.v);
 }
@@ -245,6 +250,28 @@ struct Int4Columns {
         split_nibbles(vector == 0 ? _mm256_blend_epi16(x1, _mm256_slli_epi32(x2, 16), 0xAA)
                                   : _mm256_blend_epi16(_mm256_srli_epi32(x1, 16), x2, 0xAA),
                       pairs);
+    }
+};
+
+struct Int3Columns {
+    static constexpr std::size_t kPairs = 8;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t, Pairs* pairs) {
+        const __m128i x1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+        const __m128i x2 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+        const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(x1, x2), _mm_unpacklo_epi16(x1, x2));
+        const __m256i high =
+            _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + 16)),
+                                                   _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second + 16))));
+        const __m256i mask = _mm256_set1_epi16(7);
+        pairs[0] = {_mm256_and_si256(low, mask)};
+        pairs[1] = {_mm256_and_si256(_mm256_srli_epi16(low, 3), mask)};
+        pairs[2] = {_mm256_and_si256(_mm256_srli_epi16(low, 6), mask)};
+        pairs[3] = {_mm256_and_si256(_mm256_srli_epi16(low, 9), mask)};
+        pairs[4] = {_mm256_and_si256(_mm256_srli_epi16(low, 12), mask)};
+        pairs[5] = {_mm256_or_si256(_mm256_srli_epi16(low, 15),
+                                    _mm256_and_si256(_mm256_add_epi16(high, high), _mm256_set1_epi16(6)))};
+        pairs[6] = {_mm256_and_si256(_mm256_srli_epi16(high, 2), mask)};
+        pairs[7] = {_mm256_srli_epi16(high, 5)};
     }
 };
 

@@ -82,6 +82,11 @@ GOSLET_INLINE I32x8 load_i32(const std::int32_t* x) {
 GOSLET_INLINE I32x8 load_bits(const std::uint8_t* x) {
     return {vreinterpretq_s32_u8(vld1q_u8(x)), vreinterpretq_s32_u8(vld1q_u8(x + 16))};
 }
+GOSLET_INLINE I32x8 load_lanes24(const std::uint8_t* x) {
+    const uint16x8_t low = vreinterpretq_u16_u8(vld1q_u8(x));
+    const uint16x8_t high = vmovl_u8(vld1_u8(x + 16));
+    return {vreinterpretq_s32_u16(vzip1q_u16(low, high)), vreinterpretq_s32_u16(vzip2q_u16(low, high))};
+}
 GOSLET_INLINE void store_i32(std::int32_t* x, I32x8 a) {
     vst1q_s32(x, a.low);
     vst1q_s32(x + 4, a.high);
@@ -265,6 +270,33 @@ struct Int4Columns {
         const uint16x8x2_t x1 = load_halves(first);
         const uint16x8x2_t x2 = load_halves(second);
         split_nibbles(x1.val[vector / 4], x2.val[vector / 4], pairs);
+    }
+};
+
+// Of eight lanes of 24 bits, a vector for each of their eight numbers.
+GOSLET_INLINE void split_threes(const std::uint8_t* data, int16x8_t* numbers) {
+    const uint16x8_t low = vreinterpretq_u16_u8(vld1q_u8(data));
+    const uint16x8_t high = vmovl_u8(vld1_u8(data + 16));
+    const uint16x8_t mask = vdupq_n_u16(7);
+    numbers[0] = vreinterpretq_s16_u16(vandq_u16(low, mask));
+    numbers[1] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(low, 3), mask));
+    numbers[2] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(low, 6), mask));
+    numbers[3] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(low, 9), mask));
+    numbers[4] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(low, 12), mask));
+    numbers[5] = vreinterpretq_s16_u16(vandq_u16(vorrq_u16(vshrq_n_u16(low, 15), vaddq_u16(high, high)), mask));
+    numbers[6] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(high, 2), mask));
+    numbers[7] = vreinterpretq_s16_u16(vshrq_n_u16(high, 5));
+}
+
+struct Int3Columns {
+    static constexpr std::size_t kPairs = 8;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t, Pairs* pairs) {
+        int16x8_t x1[kPairs], x2[kPairs];
+        split_threes(first, x1);
+        split_threes(second, x2);
+        for (std::size_t i = 0; i < kPairs; ++i) {
+            pairs[i] = {x1[i], x2[i]};
+        }
     }
 };
 

@@ -9,6 +9,7 @@ typedef std::int32_t Int4 __attribute__((vector_size(16)));
 typedef std::uint32_t Unsigned4 __attribute__((vector_size(16)));
 typedef std::uint16_t UnsignedShort4 __attribute__((vector_size(8)));
 typedef std::int8_t Byte4 __attribute__((vector_size(4)));
+typedef std::uint8_t UnsignedByte4 __attribute__((vector_size(4)));
 
 struct F32x8 {
     Float4 low, high;
@@ -148,6 +149,9 @@ GOSLET_INLINE I32x8 load_small(const void* x) {
     std::memcpy(small, x, sizeof small);
     return {__builtin_convertvector(small[0], Int4), __builtin_convertvector(small[1], Int4)};
 }
+GOSLET_INLINE I32x8 load_lanes24(const std::uint8_t* x) {
+    return load_small<UnsignedShort4>(x) | shift_left<16>(load_small<UnsignedByte4>(x + 16));
+}
 GOSLET_INLINE F32x8 load_weights(const float* x) {
     return load(x);
 }
@@ -258,6 +262,15 @@ GOSLET_INLINE void split_nibbles(I32x8 x, Pairs* pairs) {
     pairs[3] = {shift_right<12>(x) & mask};
 }
 
+// Of four numbers of three bits in every 16-bit lane, a vector for each.
+GOSLET_INLINE void split_threes(I32x8 x, Pairs* pairs) {
+    const I32x8 mask = broadcast_i32(0x00070007);
+    pairs[0] = {x & mask};
+    pairs[1] = {shift_right<3>(x) & mask};
+    pairs[2] = {shift_right<6>(x) & mask};
+    pairs[3] = {shift_right<9>(x) & mask};
+}
+
 struct Int8Columns {
     static constexpr std::size_t kPairs = 1;
     static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t vector,
@@ -279,6 +292,16 @@ struct Int4Columns {
         split_nibbles(vector == 0 ? (x1 & broadcast_i32(0xFFFF)) | shift_left<16>(x2)
                                   : shift_right<16>(x1) | (x2 & broadcast_i32(-0x10000)),
                       pairs);
+    }
+};
+
+struct Int3Columns {
+    static constexpr std::size_t kPairs = 8;
+    static GOSLET_INLINE void unpack(const std::uint8_t* first, const std::uint8_t* second, std::size_t, Pairs* pairs) {
+        const I32x8 x1 = load_lanes24(first);
+        const I32x8 x2 = load_lanes24(second);
+        split_threes((x1 & broadcast_i32(0xFFF)) | shift_left<16>(x2 & broadcast_i32(0xFFF)), pairs);
+        split_threes(shift_right<12>(x1) | (shift_left<4>(x2) & broadcast_i32(0xFFF0000)), pairs + 4);
     }
 };
 

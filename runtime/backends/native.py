@@ -111,7 +111,7 @@ class NativeBackend(Backend):
         """See `Backend`; how it is done stands at Activations of ``csrc/kernels/matrix.h``."""
         if weight.group is None:
             return None
-        return Rounding(8, 32) if weight.name == "int4" else Rounding(16, weight.group)
+        return Rounding(8, 32) if weight.name in ("int4", "int3") else Rounding(16, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper that moves `state`'s one buffer on."""

@@ -89,7 +89,7 @@ constexpr std::uint32_t kVersion = 6;
 
 // A container put together by hand, so that the writer's mistakes are not made twice. Its header fits in a page.
 std::string container_bytes(std::string_view magic, std::uint32_t version, const std::string& members,
-                            const std::vector<Section>& sections) {
+                            const std::vector<Section>& sections, const std::string& features = "") {
     std::string list;
     std::string content;
     for (const Section& section : sections) {
@@ -100,7 +100,7 @@ std::string container_bytes(std::string_view magic, std::uint32_t version, const
                 R"("})";
         content += section.content;
     }
-    const std::string json = "{\"required_features\":[]," + members + ",\"sections\":[" + list + "]}";
+    const std::string json = "{\"required_features\":[" + features + "]," + members + ",\"sections\":[" + list + "]}";
     std::string head =
         std::string(magic) + little_endian(version, 4) + little_endian(0, 4) + little_endian(json.size(), 8) + json;
     const goslet::Sha256Digest digest = goslet::sha256(head);
@@ -175,7 +175,8 @@ goslet::Format format_named(std::string_view name) {
            : name == "f16"  ? goslet::Format::kF16
            : name == "bf16" ? goslet::Format::kBf16
            : name == "int8" ? goslet::Format::kInt8
-                            : goslet::Format::kInt4;
+           : name == "int4" ? goslet::Format::kInt4
+                            : goslet::Format::kInt3;
 }
 
 // Names that need escapes, and a tensor so long a name that the header takes two pages.
@@ -218,7 +219,7 @@ TEST(sha256_is_the_standards) {
 // The sizes are those of the kernels' own matrices, so that the reader and the kernels cannot disagree.
 TEST(tensors_are_found_in_every_layout) {
     const Folder folder;
-    for (const char* const format : {"f32", "f16", "bf16", "int8", "int4"}) {
+    for (const char* const format : {"f32", "f16", "bf16", "int8", "int4", "int3"}) {
         for (const char* const layout : {"tiles", "columns"}) {
             for (const std::size_t n_out : {1, 8, 65}) {
                 for (const std::size_t n_in : {1, 31, 32, 67, 130}) {
@@ -262,7 +263,8 @@ TEST(tensors_are_found_in_rows) {
     const StoredTensor good[] = {{"f32", "rows", 0, "[2,3,5]", 120, 0},
                                  {"f16", "rows", 0, "[7]", 14, 0},
                                  {"int8", "rows", 128, "[3,130]", 390, 12},
-                                 {"int4", "rows", 32, "[5,67]", 170, 30}};
+                                 {"int4", "rows", 32, "[5,67]", 170, 30},
+                                 {"int3", "rows", 32, "[5,67]", 130, 30}};
     for (const StoredTensor& stored : good) {
         CHECK(engine_error(folder, engine_bytes(stored)) == "");
     }
@@ -276,7 +278,7 @@ TEST(tensors_are_found_in_rows) {
                                   {"f32", "rows", 0, "[4294967296,4294967296]", 0, 0},
                                   {"f32", "tiles", 0, "[4611686018427387904,4611686018427387904]", 0, 0},
                                   {"f32", "rows", 0, "[9223372036854775807]", 4, 0},
-                                  {"int3", "rows", 32, "[5,67]", 170, 30},
+                                  {"int2", "rows", 32, "[5,67]", 85, 30},
                                   {"f32", "diagonal", 0, "[1]", 4, 0}};
     for (const StoredTensor& stored : wrong) {
         CHECK(engine_error(folder, engine_bytes(stored)) == "damaged");
@@ -326,6 +328,12 @@ TEST(versions_and_features_are_told_from_damage) {
     CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion + 1, "\"x\":0", none)) == "unsupported");
     CHECK(engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none)) == "damaged");
     CHECK(engine_error(folder, container_bytes("GOSLETST", kVersion, "\"x\":0", none)) == "damaged");
+    const auto requiring = [&](const std::string& features) {
+        return engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none, features));
+    };
+    CHECK(requiring("\"int3\"") == "damaged");
+    CHECK(requiring("\"int3\",\"telepathy\"") == "unsupported");
+    CHECK(requiring("\"\"") == "unsupported");
 }
 
 TEST(only_ordinary_files_are_opened) {

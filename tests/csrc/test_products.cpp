@@ -83,20 +83,51 @@ Stored random_number(Format format, Data data, std::mt19937& random) {
             const int value = data == Data::kLargest ? (sign != 0 ? -8 : 7) : static_cast<int>(random() % 16) - 8;
             return {static_cast<std::uint8_t>(value + 8), static_cast<double>(value)};
         }
+        case Format::kInt3: {
+            const int value = data == Data::kLargest ? (sign != 0 ? -4 : 3) : static_cast<int>(random() % 8) - 4;
+            return {static_cast<std::uint8_t>(value + 4), static_cast<double>(value)};
+        }
     }
     return {0, 0.0};
 }
 
-std::uint16_t random_scale(Data data, std::mt19937& random) {
+std::uint16_t random_scale(Format format, Data data, std::mt19937& random) {
+    const std::uint32_t sign = format == Format::kInt3 ? (random() & 1) << 15 : 0;
     switch (random() % 8) {
         case 0:
             return 0;
         case 1:
-            return static_cast<std::uint16_t>(random() & 0x3FF);  // subnormal
+            return static_cast<std::uint16_t>(sign | (random() & 0x3FF));  // subnormal
         default:
-            return static_cast<std::uint16_t>(((data == Data::kTiny ? 1 : 1 + random() % 15) << 10) |
+            return static_cast<std::uint16_t>(sign | ((data == Data::kTiny ? 1 : 1 + random() % 15) << 10) |
                                               (random() & 0x3FF));
     }
+}
+
+void put_bits(std::vector<std::uint8_t>& data, std::size_t byte, std::size_t bit, std::uint32_t bits) {
+    data[byte] |= static_cast<std::uint8_t>(bits << bit);
+}
+
+void put_three_bits(Weights& weights, std::size_t output, std::size_t input, std::uint32_t bits) {
+    const Matrix& matrix = weights.matrix;
+    if (matrix.layout == Layout::kTiles) {
+        const std::size_t block = (output / 8 * matrix.padded_in() / 32 + input / 32) * 96;
+        const std::size_t byte = block + 4 * (output % 8) + input % 4;
+        const std::size_t quad = input % 32 / 4;
+        if (quad < 6) {
+            put_bits(weights.data, byte + quad / 2 * 32, quad % 2 * 3, bits);
+        } else {
+            put_bits(weights.data, byte + (quad - 6) * 32, 6, bits & 3);
+            put_bits(weights.data, byte + 64, quad, bits >> 2);
+        }
+        return;
+    }
+    const std::size_t half = (output / 128 * matrix.padded_in() + input) * 48 + output % 128 / 64 * 24;
+    const std::size_t lane = output % 8;
+    const std::uint32_t lane_bits = bits << output % 64 / 8 * 3;
+    put_bits(weights.data, half + 2 * lane, 0, lane_bits & 0xFF);
+    put_bits(weights.data, half + 2 * lane + 1, 0, lane_bits >> 8 & 0xFF);
+    put_bits(weights.data, half + 16 + lane, 0, lane_bits >> 16);
 }
 
 // Puts a number's stored bits at its place: see matrix.h.
@@ -104,6 +135,10 @@ void put(Weights& weights, std::size_t output, std::size_t input, std::uint32_t 
     const Matrix& matrix = weights.matrix;
     const std::size_t size = format_bits(matrix.format) / 8;
     std::vector<std::uint8_t>& data = weights.data;
+    if (matrix.format == Format::kInt3) {
+        put_three_bits(weights, output, input, bits);
+        return;
+    }
     if (matrix.layout == Layout::kTiles) {
         const std::size_t tile = output / 8;
         const std::size_t lane = output % 8;
@@ -141,7 +176,7 @@ Weights make_weights(Format format, Layout layout, std::size_t group, std::size_
                 weights.values[output * n_in + input] = number.value;
                 put(weights, output, input, number.bits);
             } else {
-                put(weights, output, input, format == Format::kInt4 ? 8 : 0);
+                put(weights, output, input, format == Format::kInt4 ? 8 : (format == Format::kInt3 ? 4 : 0));
             }
         }
     }
@@ -150,9 +185,9 @@ Weights make_weights(Format format, Layout layout, std::size_t group, std::size_
     weights.group_scales.resize(n_out * n_groups);
     for (std::size_t output = 0; output < n_out; ++output) {
         for (std::size_t i = 0; i < n_groups; ++i) {
-            const std::uint16_t bits = random_scale(kind, random);
+            const std::uint16_t bits = random_scale(format, kind, random);
             weights.group_scales[output * n_groups + i] = f16_value(bits);
-            const std::size_t width = layout == Layout::kTiles ? 8 : (format == Format::kInt4 ? 128 : 64);
+            const std::size_t width = layout == Layout::kTiles ? 8 : (takes_bytes(format) ? 128 : 64);
             weights.scales[(output / width * n_groups + i) * width + output % width] = bits;
         }
     }
@@ -164,7 +199,7 @@ Weights make_weights(Format format, Layout layout, std::size_t group, std::size_
 struct Inputs {
     std::size_t stride;
     std::vector<float> floats;
-    std::vector<std::int16_t> integers;  // those against int4 fit into 8 bits
+    std::vector<std::int16_t> integers;  // those against int4 and int3 fit into 8 bits
     std::vector<std::int8_t> integers8;  // the same
     std::vector<float> scales;
     std::vector<std::int32_t> sums;
@@ -172,7 +207,7 @@ struct Inputs {
     Activations rows(const Matrix& matrix, std::size_t first, std::size_t n_rows) const {
         if (is_integer(matrix.format)) {
             const std::size_t place = first * matrix.activation_group();
-            const bool narrow = matrix.format == Format::kInt4;
+            const bool narrow = takes_bytes(matrix.format);
             return {n_rows,
                     0,
                     nullptr,
@@ -192,7 +227,7 @@ Inputs make_inputs(const Matrix& matrix, Data kind, std::mt19937& random) {
     Inputs inputs;
     const std::size_t group = matrix.activation_group();
     const std::size_t n_groups = matrix.n_activation_groups();
-    const int most = matrix.format == Format::kInt4 ? 127 : 32767;
+    const int most = takes_bytes(matrix.format) ? 127 : 32767;
     inputs.stride = round_up(matrix.n_in, kColumnPadding) + kColumnPadding;
     inputs.floats.resize(kMaxRows * inputs.stride);
     inputs.integers.resize(kMaxRows * n_groups * group);
@@ -291,7 +326,7 @@ bool same_bits(const float* a, const float* b, std::size_t n) {
 }
 
 std::string describe(const Kernels& kernels, const Matrix& matrix) {
-    static const char* const kFormats[] = {"f32", "f16", "bf16", "int8", "int4"};
+    static const char* const kFormats[] = {"f32", "f16", "bf16", "int8", "int4", "int3"};
     return std::string(kernels.isa) + " " + kFormats[static_cast<int>(matrix.format)] +
            (matrix.layout == Layout::kTiles ? " tiles" : " columns") + ", group " + std::to_string(matrix.group) +
            ", " + std::to_string(matrix.n_out) + " x " + std::to_string(matrix.n_in);
@@ -361,7 +396,8 @@ void check_product(const Kernels& kernels, const Weights& weights, const Inputs&
 
 void check_products(const std::vector<std::size_t>& sizes_out, const std::vector<std::size_t>& sizes_in, Data kind) {
     std::mt19937 random(7);
-    for (const Format format : {Format::kF32, Format::kF16, Format::kBf16, Format::kInt8, Format::kInt4}) {
+    for (const Format format :
+         {Format::kF32, Format::kF16, Format::kBf16, Format::kInt8, Format::kInt4, Format::kInt3}) {
         for (const Layout layout : {Layout::kTiles, Layout::kColumns}) {
             for (const std::size_t group : {32, 64, 128}) {
                 if (!is_integer(format) && group != 32) {
@@ -407,11 +443,12 @@ TEST(products_of_subnormal_numbers) {
 
 // All weights and all activations of one sign: the largest sum there is, which random signs stay far below.
 TEST(sums_do_not_overflow) {
-    for (const Format format : {Format::kInt8, Format::kInt4}) {
+    for (const Format format : {Format::kInt8, Format::kInt4, Format::kInt3}) {
         for (const Layout layout : {Layout::kTiles, Layout::kColumns}) {
-            const bool narrow = format == Format::kInt4;
-            // int4 is stored as a number that is not negative, so both of its ends are largest in some sum.
-            for (const int weight : {narrow ? -8 : -127, narrow ? 7 : 127}) {
+            const bool narrow = takes_bytes(format);
+            // Where numbers are stored as ones that are not negative, both ends are largest in some sum.
+            const int offset = format == Format::kInt4 ? 8 : (format == Format::kInt3 ? 4 : 0);
+            for (const int weight : {narrow ? -offset : -127, narrow ? offset - 1 : 127}) {
                 Weights weights;
                 weights.matrix = {format, layout, 128, 64, 128, nullptr, nullptr};
                 const Matrix& matrix = weights.matrix;
@@ -419,7 +456,7 @@ TEST(sums_do_not_overflow) {
                 weights.scales.assign(matrix.scales_bytes() / 2, 0x3C00);  // 1
                 for (std::size_t output = 0; output < 64; ++output) {
                     for (std::size_t input = 0; input < 128; ++input) {
-                        put(weights, output, input, static_cast<std::uint8_t>(narrow ? weight + 8 : weight));
+                        put(weights, output, input, static_cast<std::uint8_t>(weight + offset));
                     }
                 }
                 weights.matrix.data = weights.data.data();

@@ -51,7 +51,7 @@ def test_same_checkpoint_gives_the_same_bytes(one_layer: Path, tmp_path: Path) -
     assert (tmp_path / "a.goslet").read_bytes() == (tmp_path / "b.goslet").read_bytes()
 
 
-@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4", "int3"])
 def test_every_weight_is_the_checkpoints_encoded(
     quant: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path
 ) -> None:
@@ -64,7 +64,9 @@ def test_every_weight_is_the_checkpoints_encoded(
         for name, entry in engine.tensors.items():
             is_vector = len(entry.shape) == 1
             careful = name == EMBEDDING or name[-2:] in {f"{letter}{n}" for letter in "wavg" for n in "12"}
-            expected = "f32" if is_vector else "int8" if quant == "int4" and careful else quant
+            careful |= quant == "int3" and name == "head.weight"
+            kept = {"int4": "int8", "int3": "int4"}.get(quant, quant)
+            expected = "f32" if is_vector else kept if careful else quant
             assert entry.format.name == expected, name
             values = decode(engine.weight(name))
             reference = decode(encode(weights[name].numpy(), entry.format, name))
@@ -84,6 +86,20 @@ def test_recipe_of_ones_own(one_layer: Path, tmp_path: Path) -> None:
         assert engine.provenance["recipe"]["name"] == "mine"
     with goslet.open(tmp_path / "x.goslet") as engine:
         assert np.isfinite(engine.session().feed([1, 2])).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3"])
+def test_rows_of_the_embedding_are_the_same_to_all(name: str, tmp_path: Path) -> None:
+    """The native engine reads them itself. Other weights are float32: nothing else differs. Short groups, odd bytes."""
+    from goslet.export.verify import verify_engine
+
+    save(random_rwkv7(n_layer=1, n_embd=36, head_size=12, vocab_size=50, seed=3), tmp_path / "x.pth")
+    base = recipe("f32")
+    mixed = Recipe("mine", {**base.by_kind, Kind.EMBEDDING: WeightFormat(name, 32)})
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant=mixed)
+    report = verify_engine(tmp_path / "x.goslet", tmp_path / "x.pth", n_tokens=20)
+    assert report.passed, report
+    assert all(check.limit == 3e-5 for check in report.checks if check.name.startswith("native"))
 
 
 def test_recipes_that_cannot_be(one_layer: Path, tmp_path: Path) -> None:

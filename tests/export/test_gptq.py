@@ -13,8 +13,9 @@ from hypothesis import strategies as st  # noqa: E402
 from goslet.errors import QuantizationError, TensorValueError  # noqa: E402
 from goslet.export import gptq  # noqa: E402
 from goslet.export.calibration import LayerInputs  # noqa: E402
-from goslet.export.gptq import DIVISORS, Feedback, neighbours, output_errors, quantize_matrix, search_scales  # noqa: E402
+from goslet.export.gptq import Feedback, neighbours, output_errors, quantize_matrix, search_scales  # noqa: E402
 from goslet.weights import (  # noqa: E402
+    DIVISORS,
     INTEGER_RANGES,
     EncodedWeight,
     WeightFormat,
@@ -25,7 +26,8 @@ from goslet.weights import (  # noqa: E402
 )
 
 INT4 = WeightFormat("int4", 32)
-FORMATS = (INT4, WeightFormat("int4", 128), WeightFormat("int8", 64))
+INT3 = WeightFormat("int3", 32)
+FORMATS = (INT4, WeightFormat("int4", 128), WeightFormat("int8", 64), INT3)
 
 
 def problem(n_out: int, n_in: int, seed: int, *, n_seen: int = 300, rank: int | None = None, scale: float = 1.0):
@@ -123,20 +125,23 @@ def test_same_inputs_give_the_same_bytes_however_rows_are_parted(monkeypatch: py
 
 
 class TestScales:
-    def test_the_searched_scale_is_the_best_of_the_grid(self) -> None:
+    @pytest.mark.parametrize("fmt", [INT4, INT3], ids=str)
+    def test_the_searched_scale_is_the_best_of_the_grid(self, fmt: WeightFormat) -> None:
         weight, _ = problem(5, 64, 5)
         importance = torch.rand(64, generator=torch.Generator().manual_seed(1))
-        found = search_scales(weight, importance, INT4).double().numpy()
+        found = search_scales(weight, importance, fmt).double().numpy()
         groups, counted = weight.double().reshape(5, 2, 32).numpy(), importance.double().reshape(2, 32).numpy()
         for row in range(5):
             for group in range(2):
                 numbers = groups[row, group]
 
                 def cost(scale: float, numbers: np.ndarray = numbers, group: int = group) -> float:
-                    error = np.clip(np.rint(numbers / scale), -8, 7) * scale - numbers
+                    error = np.clip(np.rint(numbers / scale), *INTEGER_RANGES[fmt.name]) * scale - numbers
                     return float((error**2 * counted[group]).sum())
 
-                tried = [float(np.float16(np.abs(numbers).max() / d)) for d in DIVISORS["int4"]]
+                # int3's sign puts the largest number on the side of -4.
+                largest = -numbers[np.abs(numbers).argmax()] if fmt == INT3 else np.abs(numbers).max()
+                tried = [float(np.float16(largest / d)) for d in DIVISORS[fmt.name]]
                 assert cost(found[row, group]) <= min(map(cost, tried)) * (1 + 1e-5)
 
     def test_an_outlier_that_does_not_count_is_clipped(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -61,6 +62,10 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
+# int3 is int4 to a plan, whatever the version.
+FORMATS = [*itertools.product(MODELS, ("f16", "int8", "int4")), ("7", "int3")]
+
+
 class _Engines:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -113,8 +118,7 @@ def expected_logits(path: Path) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("precision", ["f16", "bf16"])
-@pytest.mark.parametrize("quant", ["f16", "int8", "int4"])
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize(("version", "quant"), FORMATS)
 def test_the_lowered_graph_computes_what_the_engine_does(
     version: str, quant: str, precision: str, engines: _Engines
 ) -> None:
@@ -148,8 +152,7 @@ def _torch_operator(name: str, reference: Any) -> type[OpRun]:
     return _operator(name, "goslet", compute)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize(("version", "quant"), [case for case in FORMATS if case[1] != "f16"])
 def test_the_graph_of_plugins_computes_the_same(version: str, quant: str, engines: _Engines, csrc_build: Path) -> None:
     """With our product kernel, as the host's model of CUDA runs it, for each GosletProduct: packed as it reads."""
     build_csrc(csrc_build, "goslet_cuda_host")
@@ -217,8 +220,7 @@ def plugin(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize("quant", ["f16", "int8", "int4"])
-@pytest.mark.parametrize("version", MODELS)
+@pytest.mark.parametrize(("version", "quant"), FORMATS)
 def test_a_plan_of_plain_layers_builds(version: str, quant: str, engines: _Engines, tmp_path: Path) -> None:
     phases = set()
     report = plan.build_plan(

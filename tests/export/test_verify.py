@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,12 +18,12 @@ import goslet  # noqa: E402
 from goslet.enginefile import EngineFile, TensorSource, write_engine  # noqa: E402
 from goslet.errors import ChecksumError  # noqa: E402
 from goslet.export import export_engine, verify  # noqa: E402
-from goslet.export.verify import SAMPLE, verify_engine  # noqa: E402
-from goslet.weights import decode, encode  # noqa: E402
+from goslet.export.verify import SAMPLE, verify_engine, weight_limit  # noqa: E402
+from goslet.weights import GROUPS, INTEGER_RANGES, WeightFormat, decode, encode  # noqa: E402
 
 
 @pytest.mark.parametrize("backend", ["native", "ort"])
-@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4", "int3"])
 def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     report = verify_engine(tiny_engines[quant], tiny_checkpoint, backend=backend)
     assert report.passed, report
@@ -42,9 +43,15 @@ def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, P
 def test_quantization_costs_what_its_bits_suggest(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     cost = {
         quant: verify_engine(tiny_engines[quant], tiny_checkpoint).divergence["kl_bits_per_token"]
-        for quant in ("f16", "int8", "int4")
+        for quant in ("f16", "int8", "int4", "int3")
     }
-    assert cost["f16"] < cost["int8"] < cost["int4"]
+    assert cost["f16"] < cost["int8"] < cost["int4"] < cost["int3"]
+
+
+def test_limits_of_weights_tell_them_from_zero() -> None:
+    """A weight of zeros errs by its whole norm."""
+    for name, group in itertools.product(INTEGER_RANGES, GROUPS):
+        assert weight_limit(WeightFormat(name, group)) < 0.9
 
 
 def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path) -> None:

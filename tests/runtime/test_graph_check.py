@@ -56,7 +56,7 @@ def check(step: Step, graph: bytes, opset: int = OPSET) -> None:
 # --------------------------------------------------------------------------------------------------------- sound graphs
 
 
-@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "int8", "int4", "int3"])
 def test_what_the_exporter_writes_passes(quant: str, tiny_engines: dict[str, Path]) -> None:
     with EngineFile.open(tiny_engines[quant]) as file:
         content = bytes(file.graph_bytes)
@@ -64,7 +64,7 @@ def test_what_the_exporter_writes_passes(quant: str, tiny_engines: dict[str, Pat
         assert content == check_step_graph(graph, expected_initializers(file), file.graph_info["opset"], file.path)
 
 
-@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4", "int3"])
 def test_the_header_tells_how_long_initializers_are(quant: str, tiny_engines: dict[str, Path]) -> None:
     with EngineFile.open(tiny_engines[quant]) as file:
         told = {name: initializer.size_bytes for name, initializer in expected_initializers(file).items()}

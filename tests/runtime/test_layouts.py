@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 
 from goslet.errors import InputError, QuantizationError
 from goslet.layouts import LAYOUTS, PackedWeight, layout_data_bytes, layout_scales_bytes, pack, unpack
-from goslet.weights import FLOAT_BYTES, GROUPS, EncodedWeight, WeightFormat, encode_values, quantized_values
+from goslet.weights import (
+    FLOAT_BYTES,
+    GROUPS,
+    INTEGER_RANGES,
+    EncodedWeight,
+    WeightFormat,
+    encode_values,
+    quantized_values,
+)
 
 FORMATS = [WeightFormat(name) for name in FLOAT_BYTES] + [
-    WeightFormat(name, group) for name in ("int8", "int4") for group in GROUPS
+    WeightFormat(name, group) for name in ("int8", "int4", "int3") for group in GROUPS
 ]
 SHAPES = [(1, 1), (7, 33), (9, 31), (8, 32), (64, 64), (65, 100), (130, 257)]
 
@@ -22,7 +30,7 @@ def made(fmt: WeightFormat, n_out: int, n_in: int, seed: int = 0) -> EncodedWeig
     if not fmt.is_integer:
         data = rng.integers(0, 256, (n_out, n_in * FLOAT_BYTES[fmt.name]), np.uint8)
         return EncodedWeight(fmt, (n_out, n_in), data, None)
-    low, high = (-127, 127) if fmt.name == "int8" else (-8, 7)
+    low, high = INTEGER_RANGES[fmt.name]
     scales = rng.uniform(0.5, 2, (n_out, fmt.groups(n_in))).astype(np.float16)
     return encode_values(rng.integers(low, high + 1, (n_out, n_in), np.int8), scales, fmt)
 
@@ -34,7 +42,7 @@ def padded(size: int, multiple: int) -> int:
 def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]:
     """The comment at the top of csrc/kernels/matrix.h, one number at a time."""
     fmt, (n_out, n_in) = weight.format, weight.shape
-    together = 8 if layout == "tiles" else 128 if fmt.name == "int4" else 64
+    together = 8 if layout == "tiles" else 128 if fmt.name in ("int4", "int3") else 64
     outs, ins = padded(n_out, together), padded(n_in, 32)
     blocks = [range(first, first + together) for first in range(0, outs, together)]
     size = FLOAT_BYTES.get(fmt.name, 1)
@@ -50,9 +58,29 @@ def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]
     def nibble(o: int, c: int) -> int:
         return 8 + (values[o][c] if o < n_out and c < n_in else 0)
 
+    def three(o: int, c: int) -> int:
+        return 4 + (values[o][c] if o < n_out and c < n_in else 0)
+
     out = bytearray()
     if layout == "tiles":
         for tile in range(outs // 8):
+            if fmt.name == "int3":
+                for b in range(ins // 32):
+                    n = [
+                        [[three(8 * tile + o, 32 * b + 4 * q + i) for i in range(4)] for o in range(8)]
+                        for q in range(8)
+                    ]
+                    for p, rest in enumerate(
+                        (
+                            lambda o, i, n=n: n[6][o][i] & 3,
+                            lambda o, i, n=n: n[7][o][i] & 3,
+                            lambda o, i, n=n: n[6][o][i] >> 2 | n[7][o][i] >> 2 << 1,
+                        )
+                    ):
+                        for o in range(8):
+                            for i in range(4):
+                                out.append(n[2 * p][o][i] | n[2 * p + 1][o][i] << 3 | rest(o, i) << 6)
+                continue
             if fmt.name == "int4":
                 for b in range(ins // 8):
                     for o in range(8):
@@ -73,7 +101,12 @@ def by_the_text(weight: EncodedWeight, layout: str) -> tuple[bytes, list[float]]
     else:
         for block in blocks:
             for c in range(ins):
-                if fmt.name == "int4":
+                if fmt.name == "int3":
+                    for first in (block.start, block.start + 64):
+                        lanes = [sum(three(first + 8 * s + j, c) << (3 * s) for s in range(8)) for j in range(8)]
+                        out += b"".join((lane & 0xFFFF).to_bytes(2, "little") for lane in lanes)
+                        out += bytes(lane >> 16 for lane in lanes)
+                elif fmt.name == "int4":
                     for first in (block.start, block.start + 64):
                         for j in range(8):
                             lane = sum(nibble(first + 8 * s + j, c) << (4 * s) for s in range(8))
@@ -137,8 +170,8 @@ def test_unpacking_ignores_what_the_padding_holds(fmt: WeightFormat, layout: str
     weight = made(fmt, 7, 33)
     packed = pack(weight, layout)
     ones = np.full_like(weight.data, 0xFF)
-    if fmt.name == "int4":
-        ones[:, -1] = 0x0F
+    if fmt.name in ("int4", "int3"):
+        ones[:, -1] = {"int4": 0x0F, "int3": 0x07}[fmt.name]  # of 33 numbers, the last byte has one
     scales = None if weight.scales is None else np.ones_like(weight.scales)
     empty = None if weight.scales is None else np.zeros_like(weight.scales)
     full = pack(EncodedWeight(fmt, weight.shape, ones, scales), layout)

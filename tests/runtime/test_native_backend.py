@@ -26,7 +26,7 @@ from .rewriting import rewritten
 pytest.importorskip("torch", reason="exporting the test's engines needs torch")
 
 FLOATS = ("f32", "f16", "bf16")
-QUANTS = (*FLOATS, "int8", "int4")
+QUANTS = (*FLOATS, "int8", "int4", "int3")
 TOKENS = [(13 * index * index + 5 * index) % 256 for index in range(150)]
 
 
@@ -152,10 +152,10 @@ class TestAgainstOnnxRuntime:
         limit = 1e-5
         if quant not in FLOATS:
             # ONNX Runtime in use rounds activations to 127 steps for each of the weights' groups. So does this backend
-            # against int4, where they are 32 wide, and to 32767 steps against int8; an error of the output is linear in
+            # against int4 and int3, 32 wide, and to 32767 steps against int8; an error of the output is linear in
             # such small errors. Twice, because the largest of many is itself random.
             in_use = error_of(self.ort(tiny_engines[quant], exact=False), expected)
-            limit += 2 * in_use * (1 if quant == "int4" else 127 / 32767)
+            limit += 2 * in_use * (127 / 32767 if quant == "int8" else 1)
         assert error < limit
 
 

@@ -30,7 +30,7 @@ class OldOptions(onnxruntime.SessionOptions):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["f32", "bf16", "int8", "int4", "int3"])
 def test_old_versions_get_their_weights_from_files(
     quant: str, tiny_engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
