@@ -103,8 +103,9 @@ class Model {
 
     static std::string product(const std::string& weight, const std::string& x, const std::string& out,
                                const std::string& activation, const std::string& combine = "set") {
-        return R"({"weight":")" + weight + R"(","x":")" + x + R"(","out":")" + out + R"(","residual":null,"bias":null,"activation":")" +
-               activation + R"(","combine":")" + combine + R"(","operands":[]})";
+        return R"({"weight":")" + weight + R"(","x":")" + x + R"(","out":")" + out +
+               R"(","residual":null,"bias":null,"activation":")" + activation + R"(","combine":")" + combine +
+               R"(","operands":[]})";
     }
 
     void write_program() {
