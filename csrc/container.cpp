@@ -262,7 +262,8 @@ void Container::read_prefix(const ContainerKind& kind) {
 void Container::check_features(const ContainerKind& kind) const {
     for (const Json& feature : header_.need("required_features", "header").array("required_features")) {
         const std::string& name = feature.text("required_features");
-        if (kind.known_feature.empty() || name != kind.known_feature) {
+        const auto& known = kind.known_features;
+        if (name.empty() || std::find(known.begin(), known.end(), name) == known.end()) {
             refuse(Kind::kUnsupported, "requires a feature that this goslet does not know", "required_features", "",
                    shown(name));
         }

@@ -1,6 +1,7 @@
 // The framing that engine files and state files share, as runtime/container.py describes it.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -59,10 +60,10 @@ class MappedFile {
 };
 
 struct ContainerKind {
-    std::string_view magic;               // 8 bytes
-    std::uint32_t version;                // the newest that is known
-    const char* name;                     // "engine file"
-    std::string_view known_feature = {};  // the one that a file may require, if there is one
+    std::string_view magic;                               // 8 bytes
+    std::uint32_t version;                                // the newest that is known
+    const char* name;                                     // "engine file"
+    std::array<std::string_view, 2> known_features = {};  // those that a file may require; empty ones are none
 };
 
 struct SectionEntry {

@@ -12,7 +12,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file", "int3"};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file", {"int3", "residuals"}};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;

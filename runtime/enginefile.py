@@ -40,7 +40,8 @@ ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
 ENGINE_VERSION = 6
 ENGINE_KIND = "engine file"
 # What came after the first engines of this version: whoever does not know the format says that it is too old.
-KNOWN_FEATURES = frozenset({"int3"})
+RESIDUALS_FEATURE = "residuals"
+KNOWN_FEATURES = frozenset({"int3", RESIDUALS_FEATURE})
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
 
@@ -206,7 +207,7 @@ def write_engine(
         path,
         magic=ENGINE_MAGIC,
         version=ENGINE_VERSION,
-        required_features={entry.format.name for entry in entries} & KNOWN_FEATURES,
+        required_features=_features(entries),
         header={
             "model": spec.to_json(),
             "state": state_spec.to_json(),
@@ -220,6 +221,11 @@ def write_engine(
         sections=sections,
         overwrite=overwrite,
     )
+
+
+def _features(entries: Sequence[TensorEntry]) -> set[str]:
+    residuals = any(entry.name.endswith(RESIDUALS) for entry in entries)
+    return {entry.format.name for entry in entries} & KNOWN_FEATURES | ({RESIDUALS_FEATURE} if residuals else set())
 
 
 def _state_bytes(spec: StateSpec, values: Mapping[str, NDArray[np.float32]]) -> bytes:

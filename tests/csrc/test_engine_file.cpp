@@ -332,6 +332,7 @@ TEST(versions_and_features_are_told_from_damage) {
         return engine_error(folder, container_bytes("\x89GOSL\r\n\x1a", kVersion, "\"x\":0", none, features));
     };
     CHECK(requiring("\"int3\"") == "damaged");
+    CHECK(requiring("\"int3\",\"residuals\"") == "damaged");
     CHECK(requiring("\"int3\",\"telepathy\"") == "unsupported");
     CHECK(requiring("\"\"") == "unsupported");
 }
