@@ -79,11 +79,14 @@ def _parts(name: str, x: str, residual: Residual) -> Iterator[tuple[str, list[No
             [
                 _cast(name + DOWN),
                 helper.make_node(
-                    "MatMul", [x, name + DOWN + FLOAT_SUFFIX], [f"{name}.low"], name=f"product.{name}.down"
+                    "MatMul", [x, name + DOWN + FLOAT_SUFFIX], [f"{name}.down.product"], name=f"product.{name}.down"
                 ),
                 _cast(name + UP),
                 helper.make_node(
-                    "MatMul", [f"{name}.low", name + UP + FLOAT_SUFFIX], [f"{name}.low_rank"], name=f"product.{name}.up"
+                    "MatMul",
+                    [f"{name}.down.product", name + UP + FLOAT_SUFFIX],
+                    [f"{name}.low_rank"],
+                    name=f"product.{name}.up",
                 ),
             ],
         )

@@ -95,6 +95,9 @@ def lower(
                 content[made] = partial(_stored, buffers, name, made)
     for initializer in graph.initializer:
         if initializer.name in content:
+            if initializer.data_type == TensorProto.UINT16:  # places, which TensorRT knows in 32 bits
+                initializer.data_type = TensorProto.INT32
+                content[initializer.name] = partial(_widened, content[initializer.name])
             initializer.ClearField("external_data")
             initializer.data_location = TensorProto.DEFAULT
             if math.prod(initializer.dims) <= _SMALL:
@@ -259,6 +262,10 @@ def _convert(tensor: TensorProto, content: dict[str, Callable[[], bytes]], preci
         content[tensor.name] = partial(_converted, content[tensor.name], old, new)
     else:
         tensor.raw_data = _converted(lambda: tensor.raw_data, old, new)
+
+
+def _widened(make: Callable[[], bytes]) -> bytes:
+    return np.frombuffer(make(), "<u2").astype("<i4").tobytes()
 
 
 def _converted(make: Callable[[], bytes], old: np.dtype[Any], new: np.dtype[Any]) -> bytes:

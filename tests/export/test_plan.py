@@ -44,6 +44,8 @@ from goslet.export.trt_graph import lower, plugin_nodes  # noqa: E402
 from goslet.session import Engine  # noqa: E402
 from goslet.weights import decode  # noqa: E402
 
+from .test_compensate import with_random_residuals  # noqa: E402
+
 SHAPE = {"n_layer": 3, "n_embd": 128, "head_size": 64, "vocab_size": 256, "seed": 3}
 MODELS = {
     "4": random_rwkv4(n_layer=3, n_embd=128, vocab_size=256, seed=3),
@@ -63,7 +65,7 @@ needs_rtx = pytest.mark.skipif(
 
 
 # int3 is int4 to a plan, whatever the version.
-FORMATS = [*itertools.product(MODELS, ("f16", "int8", "int4")), ("7", "int3")]
+FORMATS = [*itertools.product(MODELS, ("f16", "int8", "int4")), ("7", "int3"), ("6", "int4-residuals")]
 
 
 class _Engines:
@@ -72,7 +74,9 @@ class _Engines:
 
     def __call__(self, version: str, quant: str) -> Path:
         path = self._folder / f"{version}-{quant}.goslet"
-        if not path.exists():
+        if quant.endswith("-residuals") and not path.exists():
+            with_random_residuals(self(version, quant.removesuffix("-residuals")), path)
+        elif not path.exists():
             save(MODELS[version], self._folder / f"{version}.pth")
             export_engine(self._folder / f"{version}.pth", path, quant=quant)
         return path
