@@ -64,7 +64,7 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"the calibration text cannot be read: {error.strerror or error}", file=path, remedy="check the name"
+            f"the text cannot be read: {error.strerror or error}", file=path, remedy="check the name"
         ) from error
     try:
         text = data.decode("utf-8")

@@ -67,7 +67,7 @@ _LASSO_STEPS = 60
 _LASSO_PENALTIES = 6
 # The diagonal network: its depth and start, and inputs per number that is sought.
 _DEPTH = 3.0
-_ALPHA = 1e-3
+_ALPHA = 0.1
 _INPUTS_PER_NUMBER = 4
 
 Progress = Callable[[str, int, int], None]

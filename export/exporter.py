@@ -35,7 +35,7 @@ from .gptq import quantize_matrix
 from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import write_onnx
-from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, recipe
+from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, check_budget, recipe
 from .residuals import add_to_graph, add_to_program
 from .sensitivity import losses, output_sensitivities
 from .tuned_state import read_tuned_state, state_matrices
@@ -165,6 +165,8 @@ def export_engine(
         spec, version = source.spec, source.version
         vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
+        if bits is not None:
+            check_budget(bits, source.rules)
         initial_state = _initial_state(state, source, state_spec)
         report_progress("hashing", 0, 1)
         model_id = source.model_id()
@@ -277,7 +279,7 @@ def _by_feedback(
         raise InputError("is not a positive number", place="bits", expected="a number above 0", found=repr(bits))
     needed = "bits" if bits is not None else f"method {GPTQ}" if method == GPTQ else None
     if needed is None and compensation is not None and compensation.needs_text:
-        needed = "compensation"
+        needed = "residuals (--low-rank, --sparse)"
     if needed and not calibrated:
         raise InputError(
             "needs a calibration", place=needed, remedy="give a text (--calibrate) or a moments file (--moments)"

@@ -161,6 +161,26 @@ def budget_recipe(
     return Recipe(f"{bits:g} bits", vectors, chosen)
 
 
+def check_budget(bits: float, rules: Sequence[TensorRule]) -> None:
+    """Refuse a budget that not even the fewest bits for every tensor meet, before anything is measured.
+
+    Raises:
+        QuantizationError: it cannot be met.
+    """
+    vectors = recipe("int4").by_kind
+    n_numbers = sum(math.prod(rule.shape) for rule in rules)
+    fewest = sum(
+        min(_stored_bytes(rule, fmt) for fmt in (MENU if rule.is_matrix else [vectors[rule.kind]])) for rule in rules
+    )
+    if 8 * fewest > bits * n_numbers:
+        raise QuantizationError(
+            "cannot be met",
+            place="bits",
+            expected=f"{8 * fewest / n_numbers:.3f} or more for this model",
+            found=f"{bits:g}",
+        )
+
+
 class _Option(NamedTuple):
     size_bytes: int
     loss: float

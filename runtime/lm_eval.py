@@ -8,7 +8,7 @@ this one. In a program the import is enough:
     import goslet.lm_eval, lm_eval
     lm_eval.simple_evaluate(model="goslet", model_args="engine=model.goslet,threads=2", tasks=["lambada_openai"])
 
-Needs the package lm_eval (``pip install 'goslet[eval]'``). A state has no length limit, so nothing is ever cut off or
+Needs the package lm_eval (``pip install '.[eval]'`` in goslet's folder). A state has no length limit, so nothing is ever cut off or
 read in windows. What several requests have in common, their context, is read once and its state forked.
 
 Every document begins with the end-of-document token where the tokenizer has one, as in training; `encode_pair` says how
@@ -34,11 +34,14 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
-    raise DependencyError(
+    lacking = DependencyError(
         "lm-evaluation-harness is not installed",
         place=f"package {missing.name}",
-        remedy="install it: pip install 'goslet[eval]'",
-    ) from missing
+        remedy="install it: pip install '.[eval]' in goslet's folder",
+    )
+    if __name__ == "__main__":
+        sys.exit(f"goslet: error: {lacking}")
+    raise lacking from missing
 
 MAX_GEN_TOKS = 256  # where a task does not say, as in the harness's other models
 # By which names tasks say it, the first that is there counting, as in the harness.

@@ -60,7 +60,10 @@ def _lambada(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         console.json(result.to_json())
         return 0
-    console.line(f"{result.accuracy:.4f} accuracy (standard error {result.accuracy_stderr:.4f})")
+    right = round(result.accuracy * result.examples)
+    console.line(
+        f"{result.accuracy:.4f} accuracy (standard error {result.accuracy_stderr:.4f}), {right:,} of "
+        f"{result.examples:,} passages"
+    )
     console.line(f"{result.perplexity:.4f} perplexity per last word")
-    console.line(f"{result.examples} passages")
     return 0

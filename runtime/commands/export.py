@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparse",
         type=_sparse,
         metavar="P[:METHOD]",
-        help="and one of a share P of its numbers: magnitude, weighted, l1 (default) or flow",
+        help="and one of a share P of its numbers, such as 0.01: magnitude, weighted, l1 (default) or flow",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
@@ -98,16 +98,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _low_rank(text: str) -> tuple[int, str]:
-    number, _, method = text.partition(":")
-    return whole_number(1)(number), _one_of(method or "drift", LOW_RANK_METHODS)
+    number, colon, method = text.partition(":")
+    return whole_number(1)(number), _one_of(method if colon else "drift", LOW_RANK_METHODS)
 
 
 def _sparse(text: str) -> tuple[float, str]:
-    number, _, method = text.partition(":")
-    share = positive_number(number)
-    if share >= 0.5:
-        raise argparse.ArgumentTypeError(f"expected a share of the numbers, below 0.5, found {number!r}")
-    return share, _one_of(method or "l1", SPARSE_METHODS)
+    number, colon, method = text.partition(":")
+    try:
+        share = float(number)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 0.5:
+        raise argparse.ArgumentTypeError(
+            f"expected a share of a matrix's numbers between 0 and 0.5, such as 0.01, found {number!r}"
+        )
+    return share, _one_of(method if colon else "l1", SPARSE_METHODS)
 
 
 def _one_of(name: str, known: tuple[str, ...]) -> str:

@@ -92,6 +92,9 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
     for name, size_bytes in report["sections"].items():
         lines[f"section {name}"] = readable_size(size_bytes)
     for name, value in report["provenance"].items():
+        # A budget's recipe names a format for every tensor, which the formats above sum up; --json has it all.
+        if name == "recipe" and isinstance(value, dict) and isinstance(value.get("name"), str):
+            value = value["name"]
         lines[f"made with {one_line(name)}"] = value if isinstance(value, str) else json.dumps(value)
     width = max(map(len, lines))
     for name, value in lines.items():
