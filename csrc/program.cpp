@@ -27,6 +27,8 @@ constexpr std::size_t kMaxTensorElements = std::size_t{1} << 40;
 // Below this the kernel keeps a head's vectors on the stack.
 constexpr std::size_t kMaxHeadSize = 256;
 constexpr const char* kEmbedding = "emb.weight";
+// How the names of a residual's places end.
+constexpr std::string_view kPlaces = ".kept_inputs";
 
 std::string shape_text(const std::vector<std::size_t>& shape) {
     std::string text = "[";
@@ -106,7 +108,12 @@ class Loader {
         }
         std::size_t data_bytes = 0;
         std::size_t scales_bytes = 0;
-        if (tensor.format == Format::kU16 && tensor.layout != TensorLayout::kRows) {
+        const std::string_view name = tensor.name;
+        const bool is_places = name.size() > kPlaces.size() && name.substr(name.size() - kPlaces.size()) == kPlaces;
+        if ((tensor.format == Format::kU16) != is_places) {
+            throw EngineError("is stored as places and is none, or the other way round", tensor.name);
+        }
+        if (is_places && tensor.layout != TensorLayout::kRows) {
             throw EngineError("holds places and is not stored in rows", tensor.name);
         }
         if (tensor.layout == TensorLayout::kRows) {
@@ -332,15 +339,7 @@ class Loader {
                 throw EngineError("a tensor has the wrong shape", at + ".up", shape_text({n_out, residual.rank}),
                                   shape_text(up.shape));
             }
-            const float* const rows = decoded(up);
-            AlignedArray<float> turned(n_out * residual.rank);
-            for (std::size_t output = 0; output < n_out; ++output) {
-                for (std::size_t index = 0; index < residual.rank; ++index) {
-                    turned.get()[index * n_out + output] = rows[output * residual.rank + index];
-                }
-            }
-            program_.vectors.back() = std::move(turned);
-            residual.up = program_.vectors.back().get();
+            residual.up = turned(up);
         }
         if (!json.need("kept", at).is_null()) {
             const TensorView& kept = rows_of(json, "kept", at, n_out, n_in);
@@ -350,30 +349,66 @@ class Loader {
                                   "u16 " + shape_text(kept.shape), shape_text(inputs.shape));
             }
             residual.n_kept = kept.shape[1];
-            // A copy, which stays within bounds whatever becomes of the file.
-            AlignedArray<std::uint16_t> places(n_out * residual.n_kept);
-            std::memcpy(places.get(), inputs.data, inputs.data_bytes);
+            residual.kept_inputs = places(inputs);
             for (std::size_t index = 0; index < n_out * residual.n_kept; ++index) {
-                if (places.get()[index] >= n_in) {
+                if (residual.kept_inputs[index] >= n_in) {
                     throw EngineError("is not an input", at + ".kept_inputs", "0 to " + std::to_string(n_in - 1),
-                                      std::to_string(places.get()[index]));
+                                      std::to_string(residual.kept_inputs[index]));
                 }
             }
-            residual.kept_inputs = places.get();
-            program_.places.push_back(std::move(places));
             residual.kept = decoded(kept);
         }
         return residual;
     }
 
-    // A matrix in rows as float32, which lives as long as the program.
+    // A matrix in rows as float32, made once however many products have it.
     const float* decoded(const TensorView& stored) {
+        const auto known = vectors_.find(stored.name);
+        if (known != vectors_.end()) {
+            return known->second;
+        }
         AlignedArray<float> values(stored.shape[0] * stored.shape[1]);
         for (std::size_t row = 0; row < stored.shape[0]; ++row) {
             decode_row(stored, row, values.get() + row * stored.shape[1]);
         }
+        return keep(vectors_, stored.name, std::move(values));
+    }
+
+    // The same with its axes exchanged.
+    const float* turned(const TensorView& stored) {
+        const auto known = turned_.find(stored.name);
+        if (known != turned_.end()) {
+            return known->second;
+        }
+        const std::size_t n_rows = stored.shape[0];
+        const std::size_t n_columns = stored.shape[1];
+        std::vector<float> row(n_columns);
+        AlignedArray<float> values(n_rows * n_columns);
+        for (std::size_t index = 0; index < n_rows; ++index) {
+            decode_row(stored, index, row.data());
+            for (std::size_t column = 0; column < n_columns; ++column) {
+                values.get()[column * n_rows + index] = row[column];
+            }
+        }
+        return keep(turned_, stored.name, std::move(values));
+    }
+
+    const float* keep(std::unordered_map<std::string, const float*>& kept, const std::string& name,
+                      AlignedArray<float> values) {
         program_.vectors.push_back(std::move(values));
-        return program_.vectors.back().get();
+        return kept[name] = program_.vectors.back().get();
+    }
+
+    // Places of inputs: a copy, which stays within bounds whatever becomes of the file.
+    const std::uint16_t* places(const TensorView& stored) {
+        const auto known = places_.find(stored.name);
+        if (known != places_.end()) {
+            return known->second;
+        }
+        AlignedArray<std::uint16_t> values(stored.shape[0] * stored.shape[1]);
+        std::memcpy(values.get(), stored.data, stored.data_bytes);
+        program_.places.push_back(std::move(values));
+        return places_[stored.name] = program_.places.back().get();
     }
 
     std::unique_ptr<Step> read_step(const Json& step, const std::string& place, bool is_last) {
@@ -649,6 +684,8 @@ class Loader {
     std::unordered_set<std::size_t> used_states_;
     std::unordered_map<std::string, Register> registers_;
     std::unordered_map<std::string, const float*> vectors_;
+    std::unordered_map<std::string, const float*> turned_;
+    std::unordered_map<std::string, const std::uint16_t*> places_;
 };
 
 }  // namespace

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..enginefile import EngineFile
-from ..errors import ConvergenceError, InputError, NonFiniteError
+from ..errors import ConvergenceError, InputError, NonFiniteError, TensorValueError
 from ..layerwise import Float32Array, LayerwiseReader
 from ..residuals import Residual
 from ..weights import decode
@@ -97,6 +97,8 @@ class Compensation:
             raise InputError("is not a rank", place="low-rank residual", expected="a whole number", found=self.rank)
         if not 0 <= self.share < 0.5:
             raise InputError("is not a share", place="sparse residual", expected="0 to 0.5", found=self.share)
+        if not self.rank and not self.share:
+            raise InputError("asks for nothing", place="compensation", expected="a rank, a share, or both")
         for method, known in ((self.low_rank, LOW_RANK_METHODS), (self.sparse, SPARSE_METHODS)):
             if method not in known:
                 raise InputError("is no such method", place="residual", expected=", ".join(known), found=repr(method))
@@ -114,6 +116,14 @@ class Compensation:
     def kept_of(self, n_in: int) -> int:
         """Numbers that each output of a matrix with so many inputs keeps."""
         return max(1, round(self.share * n_in)) if self.share else 0
+
+    def nothing(self, rule: TensorRule) -> Residual:
+        """A residual of these dimensions that adds nothing."""
+        n_out, n_in = rule.shape
+        kept = self.kept_of(n_in)
+        low = (np.zeros((self.rank, n_in), np.float32), np.zeros((n_out, self.rank), np.float32))
+        sparse = (np.zeros((n_out, kept), np.float32), np.zeros((n_out, kept), np.int64))
+        return Residual(*(low if self.rank else (None, None)), *(sparse if kept else (None, None)))
 
     def check(self, rule: TensorRule) -> None:
         """Refuse a rank that a matrix cannot have.
@@ -164,12 +174,7 @@ def compensate(
     for rule in chosen:
         wanted.check(rule)
     if tokens is None:
-        return {
-            rule.name: Residual(
-                np.zeros((wanted.rank, rule.shape[1]), np.float32), np.zeros((rule.shape[0], wanted.rank), np.float32)
-            )
-            for rule in chosen
-        }
+        return {rule.name: wanted.nothing(rule) for rule in chosen}
     embedded = EmbeddedTokens(source, tokens)
     rows = embedded.rows[embedded.places(tokens).reshape(-1)].numpy()
     own, engine = LayerwiseReader(file, tokens, rows), LayerwiseReader(file, tokens)
@@ -197,7 +202,10 @@ def compensate(
         own_inputs, own_outputs = given.pop(name)
         error = source.tensor(rules[name]) - stored
         task = _Task(error, own_inputs, inputs, own_outputs - y, torch.from_numpy(held_out.reshape(-1)))
-        found[name] = task.solve(wanted).stored()
+        try:
+            found[name] = task.solve(wanted).stored()
+        except TensorValueError:  # beyond fp16: the matrix is better left as it is
+            found[name] = wanted.nothing(rules[name])
         if progress is not None:
             progress("compensating", len(found), len(chosen))
         return (inputs @ torch.from_numpy(found[name].added_to(stored.numpy())).T).numpy()
@@ -300,7 +308,7 @@ class _Task:
             scores = self._network(kept)
         inputs = scores.topk(kept, 1).indices.sort(1).values
         moments = self.moments.clone()
-        moments.diagonal().add_(_DAMPINGS[0] * float(moments.diagonal().mean()))
+        moments.diagonal().add_(_DAMPINGS[0] * (float(moments.diagonal().mean()) or 1.0))
         # The best numbers at these places: of each row's normal equations the part that belongs to them.
         wanted = (self.error @ moments).gather(1, inputs)
         values = torch.cat([
@@ -312,6 +320,8 @@ class _Task:
     def _lasso(self, kept: int) -> Tensor:
         """Scores [out, in]: the lasso of each row of the error under H, its penalty lowered until rows hold enough."""
         moments = self.moments
+        if not moments.any():
+            return self.error.abs()
         length = 1 / float(torch.linalg.matrix_norm(moments, 2))
         pull = self.error @ moments
         highest = pull.abs().amax(1, keepdim=True)

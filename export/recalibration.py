@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.native import NativeBackend
 from ..container import Section, read_container, write_container
 from ..enginefile import EngineFile, write_engine
-from ..errors import ConvergenceError, HeaderError, InputError, NonFiniteError, TokenizerError
+from ..errors import ConvergenceError, HeaderError, InputError, NonFiniteError, TensorValueError, TokenizerError
 from ..layerwise import Float32Array, LayerwiseReader
 from ..output import check_output
 from ..residuals import Residual, effective_weight, residual_of, with_residuals
@@ -51,6 +53,8 @@ HELD_OUT_SKETCHES = 2048
 _INIT = 0.03
 _RATE = 0.1
 _STEPS = 600
+# What an input must be at least, as a part of the largest, in the root of the mean square.
+_QUIET = 1e-2
 _HEAD = "head.weight"
 # Signs are made for so many tokens at once.
 _SIGN_TOKENS = 256
@@ -127,6 +131,8 @@ def sketch(
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InputError("is out of range", place=name, expected=f"{low} to {high}", found=repr(value))
     check_output(path, overwrite)
+    _check_apart(path, reference, text)
+    _check_runs(reference)
     with EngineFile.open(reference, check=True) as file:
         if file.tokenizer_kind is None:
             raise TokenizerError("has no tokenizer, so it can read no text", file=file.path, remedy="export with one")
@@ -188,11 +194,14 @@ class SketchFile:
             header = container.header
             self.path = os.fspath(path)
             self.model_id, self.model = header.get("model_id"), header.get("model")
+            if not isinstance(self.model_id, str) or not re.fullmatch(r"[0-9a-f]{64}", self.model_id):
+                raise self._wrong("model_id", "64 hex digits", repr(self.model_id)[:60])
             self.seed = self._number(header.get("seed"), "seed", 0, MAX_SEED)
             self.per_token = self._number(header.get("per_token"), "per_token", 1, MAX_SKETCHES_PER_TOKEN)
             section = container.section("tokens")
-            if section.nbytes == 0 or section.nbytes % (4 * CHUNK_TOKENS):
-                raise self._wrong("tokens", f"a multiple of {4 * CHUNK_TOKENS} bytes", f"{section.nbytes} bytes")
+            if section.nbytes < 8 * CHUNK_TOKENS or section.nbytes % (4 * CHUNK_TOKENS):
+                expected = f"a multiple of {4 * CHUNK_TOKENS} bytes, twice that or more"
+                raise self._wrong("tokens", expected, f"{section.nbytes} bytes")
             self.tokens = np.frombuffer(section, "<i4").reshape(-1, CHUNK_TOKENS).copy()
             names = header.get("tensors")
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -248,10 +257,9 @@ def recalibrate(
         ContainerError, OutputError: a file is damaged or cannot be written.
     """
     check_output(path, overwrite)
-    for name in (engine, sketches):
-        if os.path.realpath(name) == os.path.realpath(path):
-            raise InputError("is also what is read", file=path, place="output", remedy="choose another name")
+    _check_apart(path, engine, sketches)
     seen = SketchFile(sketches)
+    _check_runs(engine)
     with EngineFile.open(engine, check=True) as file:
         if file.spec.to_json() != seen.model:
             raise InputError(
@@ -315,6 +323,18 @@ def recalibrate(
         )
 
 
+def _check_apart(path: FileName, *read: FileName) -> None:
+    for name in read:
+        if os.path.realpath(name) == os.path.realpath(path):
+            raise InputError("is also what is read", file=path, place="output", remedy="choose another name")
+
+
+def _check_runs(engine: FileName) -> None:
+    """Let the native backend refuse, by name, a program or a residual that is not sound; what follows trusts them."""
+    with EngineFile.open(engine) as file:
+        NativeBackend(file, 1)
+
+
 @dataclass(frozen=True)
 class _Fit:
     """A residual, and the mean squares of held-out sketches without one, with the old one, and with it."""
@@ -326,7 +346,7 @@ class _Fit:
 
     def residual_outputs(self, x: Float32Array) -> Float32Array:
         assert self.residual.down is not None and self.residual.up is not None
-        outputs: Float32Array = (x @ self.residual.down.T) @ self.residual.up.T
+        outputs: Float32Array = np.asarray((x @ self.residual.down.T) @ self.residual.up.T, np.float32)
         return outputs
 
 
@@ -338,8 +358,11 @@ def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Res
     values = seen.values[name] - _applied(signs, y, per_token)
     _check_finite(values, name, "engine")
     # Inputs differ in size by orders of magnitude, and descent is slowest along the small ones.
-    size = np.sqrt(np.mean(x * x, 0)) + np.float32(1e-12)
-    scaled = x / size
+    # Inputs that hardly occur are left out: nothing is learned of them, and what descent began with would stay there.
+    size = np.sqrt(np.mean(x * x, 0))
+    quiet = size <= _QUIET * size.max()
+    size[quiet] = 1
+    scaled = np.where(quiet, np.float32(0), x / size)
     weights = token_weights(scaled)
     apart = np.zeros(seen.tokens.shape, bool)
     apart[held_out_chunks(len(seen.tokens))] = True
@@ -356,9 +379,11 @@ def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Res
         return _sketches(left, weight[:, None] * scaled[rows // per_token], weight * values[rows])
 
     free, held = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    held_out = sketches(rng.choice(held, min(len(held), HELD_OUT_SKETCHES), replace=False))
-    plain = float(np.mean(held_out.values**2))
-    before = _left(held_out, old.up, old.down * size)
+    # Half of those held out choose the step and the start, the other half judges.
+    chosen = rng.choice(held, min(len(held) // 2 * 2, 2 * HELD_OUT_SKETCHES), replace=False)
+    held_out, judges = (sketches(half) for half in np.split(chosen, 2))
+    plain = float(np.mean(judges.values**2))
+    before = _left(judges, old.up, old.down * size)
     # From small numbers, and from what is there, which descent could not leave if it were zero.
     starts: list[tuple[NDArray[Any], NDArray[Any]] | None] = [None]
     if old.up.any() and old.down.any():
@@ -367,11 +392,13 @@ def _fit(seen: SketchFile, name: str, x: Float32Array, y: Float32Array, old: Res
     for start in starts if plain else ():
         try:
             found = descend(batch, old.rank, held_out, start, seen.seed)
-        except ConvergenceError:
+            if start is None:
+                found.right[:, quiet] = 0
+            residual = _balanced(found, size, old)
+        except (ConvergenceError, InputError, TensorValueError):  # diverged, nothing to learn, or beyond fp16
             continue
-        residual = _balanced(found, size, old)
         assert residual.up is not None and residual.down is not None
-        left = _left(held_out, residual.up, residual.down * size)
+        left = _left(judges, residual.up, residual.down * size)
         if left < least:
             best, least = residual, left
     return _Fit(best, plain, before, least)

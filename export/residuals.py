@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..initializers import weight_initializers
 from ..residuals import RESIDUAL_FORMAT, Residual
@@ -50,9 +49,9 @@ def add_to_graph(model: ModelProto, residuals: Mapping[str, Residual]) -> None:
             graph.initializer.extend(external_initializer(*item) for item in weight_initializers(key, *tensor).items())
     if left:
         raise KeyError(next(iter(left)))
-    if not any(initializer.name == _AXIS for initializer in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), _AXIS))
     del graph.node[:]
+    if any(residual.kept is not None for residual in residuals.values()):
+        graph.node.append(helper.make_node("Constant", [], [_AXIS], value_ints=[1], name=_AXIS))
     graph.node.extend(nodes)
 
 

@@ -33,8 +33,8 @@ from .container import Buffer, Container, Section, align_up, errors_in, read_con
 from .errors import HeaderError, InputError, QuantizationError
 from .layouts import PackedWeight, check_layout, layout_data_bytes, layout_scales_bytes, pack, unpack
 from .output import Path
-from .spec import RESIDUALS, ModelSpec, StateSpec
-from .weights import EncodedWeight, WeightFormat
+from .spec import KEPT_INPUTS, RESIDUALS, ModelSpec, StateSpec
+from .weights import PLACES, EncodedWeight, WeightFormat
 
 ENGINE_MAGIC = b"\x89GOSL\r\n\x1a"
 ENGINE_VERSION = 6
@@ -547,6 +547,14 @@ def _read_tensors(items: Sequence[Any], section_bytes: int) -> dict[str, TensorE
                     found=repr(item.get(key))[:100],
                     remedy=_AGAIN,
                 )
+        if (fmt.name == PLACES) != name.endswith(KEPT_INPUTS):
+            raise HeaderError(
+                "is stored as places and is none, or the other way round",
+                place=f"tensor {name}",
+                expected=f"{PLACES} for names that end in {KEPT_INPUTS}",
+                found=str(fmt),
+                remedy=_AGAIN,
+            )
         end = entry.end
         tensors[name] = entry
     if end != section_bytes:

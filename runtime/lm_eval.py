@@ -8,8 +8,8 @@ this one. In a program the import is enough:
     import goslet.lm_eval, lm_eval
     lm_eval.simple_evaluate(model="goslet", model_args="engine=model.goslet,threads=2", tasks=["lambada_openai"])
 
-Needs the package lm_eval (``pip install '.[eval]'`` in goslet's folder). A state has no length limit, so nothing is ever cut off or
-read in windows. What several requests have in common, their context, is read once and its state forked.
+Needs the package lm_eval (``pip install '.[eval]'`` in goslet's folder). A state has no length limit, so nothing is
+ever cut off or read in windows. What several requests have in common, their context, is read once and its state forked.
 
 Every document begins with the end-of-document token where the tokenizer has one, as in training; `encode_pair` says how
 pairs are cut into tokens. Without one (raw bytes), nothing predicts a document's first token and it is not counted.

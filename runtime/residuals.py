@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .enginefile import EngineFile, TensorSource
-from .errors import InputError
+from .errors import HeaderError, InputError
 from .spec import DOWN, KEPT, KEPT_INPUTS, RESIDUALS, UP
 from .weights import WeightFormat, decode, encode, encode_places
 
@@ -85,25 +85,48 @@ class Residual:
 
 
 def residual_of(file: EngineFile, name: str) -> Residual | None:
-    """The residual of a matrix, or None; what lies under its names is taken by shape, as the backends do.
+    """The residual of a matrix, or None.
 
     Raises:
-        HeaderError: half of a pair is missing.
-        InputError: their shapes do not go together.
+        HeaderError: half of a pair is missing, or they do not go with the matrix.
+        InputError: they do not go together.
     """
 
     def read(suffix: str, other: str) -> Float32Array | None:
         present = {name + suffix, name + other} & file.tensors.keys()
         return decode(file.weight(name + suffix)) if present else None
 
-    kept_inputs = read(KEPT_INPUTS, KEPT)
-    residual = Residual(
-        read(DOWN, UP),
-        read(UP, DOWN),
-        read(KEPT, KEPT_INPUTS),
-        None if kept_inputs is None else kept_inputs.astype(int),
-    )
-    return residual if residual.rank or residual.kept is not None else None
+    if not any(name + suffix in file.tensors for suffix in RESIDUALS):
+        return None
+    places = read(KEPT_INPUTS, KEPT)
+    kept_inputs = None if places is None else places.astype(int)
+    n_out, n_in = file.tensors[name].shape
+    shapes = {UP: (n_out, None), DOWN: (None, n_in), KEPT: (n_out, None), KEPT_INPUTS: (n_out, None)}
+    for suffix, sizes in shapes.items():
+        entry = file.tensors.get(name + suffix)
+        found = () if entry is None else entry.shape
+        if entry is not None and (
+            len(found) != 2 or any(a not in (None, b) for a, b in zip(sizes, found, strict=True))
+        ):
+            raise HeaderError(
+                "does not go with its matrix",
+                file=file.path,
+                place=f"tensor {name}{suffix}",
+                expected=f"a shape beside [{n_out}, {n_in}]",
+                found=list(found),
+                remedy="export the engine again",
+            )
+    if kept_inputs is not None and int(kept_inputs.max()) >= n_in:
+        raise HeaderError(
+            "names an input that is not there",
+            file=file.path,
+            place=f"tensor {name}{KEPT_INPUTS}",
+            expected=f"0 to {n_in - 1}",
+            found=int(kept_inputs.max()),
+            remedy="export the engine again",
+        )
+    residual = Residual(read(DOWN, UP), read(UP, DOWN), read(KEPT, KEPT_INPUTS), kept_inputs)
+    return residual
 
 
 def effective_weight(file: EngineFile, name: str) -> Float32Array:

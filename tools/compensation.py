@@ -34,7 +34,7 @@ from goslet.export import export_engine
 from goslet.export.calibration_text import CALIBRATION_TOKENS
 from goslet.export.checkpoint import open_checkpoint
 from goslet.export.compensate import LOW_RANK_METHODS, SPARSE_METHODS, Compensation
-from goslet.export.recalibration import recalibrate, sketch
+from goslet.export.recalibration import SKETCHES_PER_TOKEN, recalibrate, sketch
 from goslet.residuals import effective_weight
 from goslet.spec import RESIDUALS
 from goslet.tokenizer import tokenizer_from_file
@@ -45,7 +45,6 @@ BASES = (("int3", 64), ("int4", 64))
 # Wider formats without residuals, and budgets near the sizes of the rows with them.
 WIDER = {"int3": (("int3", 32), ("int4", 128)), "int4": (("int4", 32), ("int8", 128))}
 UPDATE_RANK, UPDATE_SIZE = 2, 0.2
-PER_TOKEN = 8
 
 
 class Bench:
@@ -169,7 +168,7 @@ def recalibrated_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for what, checkpoint in (("the same model", bench.checkpoint), ("a tuned model", bench.tuned())):
         reader, _ = bench._reader(checkpoint)
         reference = bench.export("reference", checkpoint, quant="f16")
-        for per_token in (1, PER_TOKEN):
+        for per_token in (SKETCHES_PER_TOKEN, 4 * SKETCHES_PER_TOKEN):
             sketch(
                 reference, bench.folder / "sketches", bench.calibrate,
                 n_tokens=CALIBRATION_TOKENS, per_token=per_token, overwrite=True,

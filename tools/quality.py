@@ -38,7 +38,8 @@ import goslet
 from goslet.errors import QuantizationError
 from goslet.evaluation import encode_pair, score
 from goslet.export import export_engine
-from goslet.export.calibration import CALIBRATION_TOKENS, MomentsFile, calibration_tokens, collect_moments
+from goslet.export.calibration import MomentsFile, collect_moments
+from goslet.export.calibration_text import CALIBRATION_TOKENS, calibration_tokens
 from goslet.export.checkpoint import open_checkpoint
 from goslet.lambada import Lambada, read_lambada
 from goslet.machine import cpu_model

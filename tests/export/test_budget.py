@@ -23,7 +23,7 @@ from goslet.export.calibration import MomentsFile, collect_moments, multiplied  
 from goslet.export.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from goslet.export.models.blocks import EagerOps, token_pieces  # noqa: E402
 from goslet.export.models.tensors import Kind, TensorRule  # noqa: E402
-from goslet.export.quantize import MENU, Recipe, budget_recipe  # noqa: E402
+from goslet.export.quantize import MENU, Recipe, budget_recipe, check_budget  # noqa: E402
 from goslet.export.sensitivity import losses, output_sensitivities  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 from goslet.weights import WeightFormat, decode, encode  # noqa: E402
@@ -106,6 +106,15 @@ def test_a_budget_below_the_least_says_what_the_least_is() -> None:
     with pytest.raises(QuantizationError, match=rf"bits: cannot be met \(expected {least:.3f} or more .*found 3\)"):
         budget_recipe(3, RULES, costs)
     assert bits_of(budget_recipe(least + 1e-9, RULES, costs)) == pytest.approx(least)
+
+
+def test_the_least_is_known_before_anything_is_measured() -> None:
+    """The same least as that of `budget_recipe`, which knows what every format costs."""
+    costs = {name: dict.fromkeys(MENU, 0.0) for name in "abc"}
+    least = bits_of(budget_recipe(16, RULES, costs))
+    check_budget(least + 1e-9, RULES)
+    with pytest.raises(QuantizationError, match=rf"{least:.3f} or more"):
+        check_budget(least - 1e-3, RULES)
 
 
 @pytest.fixture

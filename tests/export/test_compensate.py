@@ -19,10 +19,11 @@ from goslet.errors import BackendError, HeaderError, InputError, NonFiniteError 
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.compensate import Compensation, _Task, compensate  # noqa: E402
+from goslet.export.onnxfile import write_onnx  # noqa: E402
 from goslet.export.residuals import add_to_graph, add_to_program  # noqa: E402
 from goslet.export.verify import verify_engine  # noqa: E402
 from goslet.residuals import Residual, effective_weight, residual_of, with_residuals  # noqa: E402
-from goslet.weights import decode  # noqa: E402
+from goslet.weights import decode, encode_places  # noqa: E402
 
 from ..runtime.rewriting import rewritten  # noqa: E402
 from .oracle import MODELS  # noqa: E402
@@ -149,6 +150,19 @@ def test_a_place_outside_the_inputs_is_refused_not_read(place: int, tiny_engine:
         engine.session().feed([1])
 
 
+def test_places_are_stored_as_such_and_nothing_else_is(tiny_engine: Path, tmp_path: Path) -> None:
+    with EngineFile.open(tiny_engine) as file:
+        tensors = with_residuals(file, {})
+        places = encode_places(np.zeros(file.tensors["emb.weight"].shape, int))
+        wrong = [
+            source._replace(format=places.format, produce=lambda: places) if source.name == "emb.weight" else source
+            for source in tensors
+        ]
+        path = rewritten(tiny_engine, tmp_path / "x.goslet", tensors=wrong)
+    with pytest.raises(HeaderError, match="stored as places"):
+        EngineFile.open(path)
+
+
 def test_half_of_a_residual_is_refused(tiny_engine: Path, tmp_path: Path) -> None:
     path = with_random_residuals(tiny_engine, tmp_path / "whole.goslet")
     with EngineFile.open(path) as file:
@@ -211,6 +225,15 @@ class TestLowRank:
         error = normal(24, 2) @ normal(2, 40)
         assert solved(error, Compensation(rank=2, low_rank=method)) < (1e-2 if method == "sensing" else 1e-4)
 
+    def test_the_damping_is_chosen_on_inputs_held_out(self) -> None:
+        """Two tokens a direction, and noise that no residual explains: little damping would fit the noise."""
+        made = task(0.1 * normal(24, 40), n_tokens=280)
+        made.missing = made.missing + 3 * torch.from_numpy(normal(*made.missing.shape))
+        choices = [made._by_regression(8, damping) for damping in (0.001, 1.0)]
+        chosen = made._low_rank(8, "drift")
+        assert made._held_out_error(*chosen) <= min(made._held_out_error(*choice) for choice in choices)
+        assert made._held_out_error(*chosen) < made._held_out_error(*choices[0])
+
     def test_no_error_needs_no_residual(self) -> None:
         for method in ("svd", "weighted", "drift", "sensing"):
             residual = task(np.zeros((24, 40), np.float32)).solve(Compensation(rank=2, low_rank=method))
@@ -226,6 +249,10 @@ class TestSparse:
         for row in error:
             row[RNG.choice(40, 2, replace=False)] = RNG.choice([-1, 1], 2) * RNG.uniform(0.5, 1.5, 2)
         left = solved(error, Compensation(share=0.05, sparse=method))
+        silent = task(error)
+        silent.moments.zero_()
+        silent.inputs.zero_()
+        assert np.isfinite(silent.solve(Compensation(share=0.05, sparse=method)).kept).all()
         assert left < {"l1": 0.01, "flow": 0.1}.get(method, 1e-5)
 
     def test_what_inputs_are_like_counts(self) -> None:
@@ -272,6 +299,8 @@ class TestExport:
             for name in ("plain", "x")
         }
         assert reports["x"].passed, [check for check in reports["x"].checks if not check.passed]
+        with EngineFile.open(tmp_path / "x.goslet") as file:
+            write_onnx(file, tmp_path / "x.onnx")
         assert any(check.name.startswith("residuals") for check in reports["x"].checks)
         assert reports["x"].divergence["kl_bits_per_token"] < reports["plain"].divergence["kl_bits_per_token"]
         with EngineFile.open(tmp_path / "x.goslet") as file, EngineFile.open(tmp_path / "plain.goslet") as plain:
@@ -305,6 +334,7 @@ class TestExport:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
+            ({}, "asks for nothing"),
             ({"rank": -1}, "not a rank"),
             ({"rank": True}, "not a rank"),
             ({"rank": 2, "low_rank": "best"}, "no such method"),

@@ -16,6 +16,7 @@ from random_checkpoint import random_rwkv7, save  # noqa: E402
 import goslet  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import (  # noqa: E402
+    BackendError,
     ChecksumError,
     HeaderError,
     InputError,
@@ -151,6 +152,63 @@ def test_it_runs_without_torch_and_gives_the_same(
     assert (tmp_path / "x.goslet").read_bytes() == followed.read_bytes()
 
 
+def test_inputs_that_hardly_occur_are_left_alone(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """Nothing is learned of them, and what descent began with must not stay there: they may occur in another text."""
+    tensors = torch.load(tiny_checkpoint)
+    tensors["blocks.0.ffn.key.weight"][3] = 0
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", compensation=Compensation(rank=2, low_rank="zero"))
+    value = tensors["blocks.0.ffn.value.weight"]
+    value += 0.1 * torch.outer(torch.linspace(-1, 1, value.shape[0]), torch.linspace(1, -1, value.shape[1]))
+    save(tensors, tmp_path / "tuned.pth")
+    export_engine(tmp_path / "tuned.pth", tmp_path / "tuned.goslet", quant="f32")
+    sketch(tmp_path / "tuned.goslet", tmp_path / "sketches", text, n_tokens=1024)
+    recalibrate(tmp_path / "x.goslet", tmp_path / "sketches", tmp_path / "y.goslet")
+    with EngineFile.open(tmp_path / "y.goslet") as file:
+        residual = residual_of(file, "blocks.0.ffn.value.weight")
+    assert residual is not None and residual.down is not None
+    assert not residual.down[:, 3].any()
+    assert residual.down[:, 4].any()
+
+
+def test_a_sparse_residual_stays_and_counts(
+    tiny_checkpoint: Path, sketches: Path, text: Path, tmp_path: Path, followed: Path, tuned: Path
+) -> None:
+    wanted = Compensation(rank=2, low_rank="zero", share=0.3, sparse="magnitude")
+    export_engine(
+        tiny_checkpoint, tmp_path / "x.goslet", quant="int3", method="rtn", compensation=wanted,
+        calibrate=text, calibration_tokens=512,
+    )  # fmt: skip
+    report = recalibrate(tmp_path / "x.goslet", sketches, tmp_path / "y.goslet")
+    assert report.after < 0.6 * report.before
+    with EngineFile.open(tmp_path / "x.goslet") as old, EngineFile.open(tmp_path / "y.goslet") as new:
+        for name in old.tensors:
+            if name.endswith((".kept", ".kept_inputs")):
+                assert (new.packed(name).data == old.packed(name).data).all()
+    wrong, right = np.square(logits(tmp_path / "x.goslet") - logits(tuned)).mean(), logits(tmp_path / "y.goslet")
+    assert np.square(right - logits(tuned)).mean() < 0.5 * wrong
+
+
+def test_what_cannot_be_learned_is_not_taken_for_gain(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A reference whose matrices differ by noise of full rank, and few tokens: descent fits what it sees, and those
+    held out, of which one half judges what the other half chose, tell."""
+    tensors = torch.load(tiny_checkpoint)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and tensor.ndim == 2 and name.startswith("blocks."):
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensors[name] = tensor + 0.02 * tensor.norm() / noise.norm() * noise
+    save(tensors, tmp_path / "noisy.pth")
+    export_engine(tmp_path / "noisy.pth", tmp_path / "noisy.goslet", quant="f32")
+    text = tmp_path / "text"
+    text.write_bytes(bytes(np.random.default_rng(3).integers(32, 127, 600, dtype=np.uint8)))
+    sketch(tmp_path / "noisy.goslet", tmp_path / "sketches", text, n_tokens=512, per_token=1)
+    wanted = Compensation(rank=8, low_rank="zero")
+    export_engine(tiny_checkpoint, tmp_path / "x.goslet", quant="f32", compensation=wanted)
+    report = recalibrate(tmp_path / "x.goslet", tmp_path / "sketches", tmp_path / "y.goslet")
+    assert report.after > 0.9
+
+
 class TestBadInput:
     def test_of_sketches(self, tuned: Path, text: Path, tmp_path: Path) -> None:
         for wrong in ({"per_token": 0}, {"per_token": 257}, {"seed": -1}, {"seed": 2**32}, {"n_tokens": 100}):
@@ -161,6 +219,9 @@ class TestBadInput:
             sketch(tuned, tmp_path / "x", tmp_path / "short.txt", n_tokens=512)
         with pytest.raises(TokenizerError):
             sketch(rewritten(tuned, tmp_path / "mute.goslet"), tmp_path / "x", text, n_tokens=512)
+        for same in (tuned, text):
+            with pytest.raises(InputError, match="also what is read"):
+                sketch(tuned, same, text, n_tokens=512, overwrite=True)
         (tmp_path / "x").write_text("mine")
         with pytest.raises(OutputError, match="exists"):
             sketch(tuned, tmp_path / "x", text, n_tokens=512)
@@ -171,8 +232,10 @@ class TestBadInput:
         with pytest.raises(InputError, match="no low-rank residual"):
             recalibrate(tiny_engine, sketches, out)
         for same in (deployed, sketches):
+            before = same.read_bytes()
             with pytest.raises(InputError, match="also what is read"):
                 recalibrate(deployed, sketches, same, overwrite=True)
+            assert same.read_bytes() == before
         save(random_rwkv7(n_layer=1, n_embd=64, head_size=16, vocab_size=256, seed=1), tmp_path / "other.pth")
         export_engine(
             tmp_path / "other.pth", tmp_path / "other.goslet", compensation=Compensation(rank=2, low_rank="zero")
@@ -187,6 +250,15 @@ class TestBadInput:
         with pytest.raises(ChecksumError):
             recalibrate(deployed, tmp_path / "damaged", out)
         assert not out.exists()
+
+    def test_of_a_program(self, deployed: Path, sketches: Path, text: Path, tmp_path: Path) -> None:
+        """What a session would refuse is refused by the same names."""
+        for index, program in enumerate((b"[", b"[]", b'{"version":3,"registers":{},"input":["x"],"steps":[]}')):
+            path = rewritten(deployed, tmp_path / f"{index}.goslet", program=program)
+            with pytest.raises(BackendError):
+                recalibrate(path, sketches, tmp_path / "out.goslet")
+            with pytest.raises(BackendError):
+                sketch(path, tmp_path / "out", text, n_tokens=512)
 
     def test_of_a_header(self, deployed: Path, sketches: Path, tmp_path: Path) -> None:
         from goslet.container import Section, write_container
@@ -206,6 +278,8 @@ class TestBadInput:
             ({"per_token": 1 << 40}, [tokens, values], "per_token"),
             ({"seed": "0"}, [tokens, values], "seed"),
             ({"tensors": 3}, [tokens, values], "tensors"),
+            ({"model_id": ["x"] * 1000}, [tokens, values], "model_id"),
+            ({}, [Section.of("tokens", found.tokens[:1].tobytes()), values], "tokens"),
             ({"per_token": 5}, [tokens, values], NAME),
             ({}, [tokens, nan], "NaN"),
             ({}, [Section.of("tokens", b"1234"), values], "tokens"),

@@ -152,7 +152,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The smallest engine that runs, with its tensors in the order that the attacks want, an int4 one first."""
     vocab_size, width, f32 = 256, 64, WeightFormat("f32")
     program = {
-        "version": 2,
+        "version": 3,
         "registers": {"x": width, "y": width},
         "input": ["x"],
         "steps": [
