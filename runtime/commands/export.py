@@ -66,14 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--low-rank",
         type=_low_rank,
         metavar="R[:METHOD]",
-        help="put a residual of rank R beside each matrix: svd, weighted, drift (default), sensing, or zero, room for "
+        help="put a residual of rank R beside each matrix: svd, weighted (default), drift, sensing, or zero, room for "
         "goslet recalibrate",
     )
     parser.add_argument(
         "--sparse",
         type=_sparse,
         metavar="P[:METHOD]",
-        help="and one of a share P of its numbers, such as 0.01: magnitude, weighted, l1 (default) or flow",
+        help="and one of a share P of its numbers, such as 0.01: magnitude (default), weighted, l1 or flow",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _low_rank(text: str) -> tuple[int, str]:
     number, colon, method = text.partition(":")
-    return whole_number(1)(number), _one_of(method if colon else "drift", LOW_RANK_METHODS)
+    return whole_number(1)(number), _one_of(method if colon else "weighted", LOW_RANK_METHODS)
 
 
 def _sparse(text: str) -> tuple[float, str]:
@@ -112,7 +112,7 @@ def _sparse(text: str) -> tuple[float, str]:
         raise argparse.ArgumentTypeError(
             f"expected a share of a matrix's numbers between 0 and 0.5, such as 0.01, found {number!r}"
         )
-    return share, _one_of(method if colon else "l1", SPARSE_METHODS)
+    return share, _one_of(method if colon else "magnitude", SPARSE_METHODS)
 
 
 def _one_of(name: str, known: tuple[str, ...]) -> str:
@@ -136,8 +136,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
 
     compensation = None
     if args.low_rank or args.sparse:
-        rank, low_rank = args.low_rank or (0, "drift")
-        share, sparse = args.sparse or (0.0, "l1")
+        rank, low_rank = args.low_rank or (0, "weighted")
+        share, sparse = args.sparse or (0.0, "magnitude")
         compensation = Compensation(rank, low_rank, share, sparse)
     with console.progress() as progress:
         report = export_engine(
