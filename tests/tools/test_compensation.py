@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("torch", reason="exporting needs torch")
 
-import compensation  # noqa: E402
+import compensation
 
-from goslet.export.compensate import LOW_RANK_METHODS, SPARSE_METHODS, Compensation  # noqa: E402
+from goslet.export.compensate import LOW_RANK_METHODS, SPARSE_METHODS, Compensation
 
 
 def test_every_method_is_tried_once_alone() -> None:
