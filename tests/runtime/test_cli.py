@@ -14,7 +14,7 @@ import pytest
 
 import goslet
 from goslet import cli
-from goslet.commands import demo, export
+from goslet.commands import demo, export, sketch
 from goslet.commands.console import readable_size
 from goslet.enginefile import EngineFile
 
@@ -52,7 +52,7 @@ from .command_line import Outcome, Run, assert_one_line_error
         (["run", "e", "--tokens", "1", "--stop", "x"], ["--stop needs text"]),
         (["chat", "e", "-n", "0"], ["1 or more"]),
         (["export", "c"], ["-o/--output"]),
-        (["export", "c", "-o", "o", "--quant", "int3"], ["--quant", "int3"]),
+        (["export", "c", "-o", "o", "--quant", "int5"], ["--quant", "int5"]),
         (["export", "c", "-o", "o", "--group", "48"], ["--group", "48"]),
         (["export", "c", "-o", "o", "--norm-eps", "0"], ["--norm-eps", "above 0"]),
         (["export", "c", "-o", "o", "--bits", "4.5", "--quant", "int4"], ["--quant", "not allowed with", "--bits"]),
@@ -146,8 +146,13 @@ def test_export_says_what_it_made_and_what_to_type_next(run: Run, tiny_checkpoin
 
 
 def test_export_calibrates_and_keeps_the_moments(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    calibration = pytest.importorskip("goslet.export.calibration", reason="exporting needs torch")
-    assert export.CALIBRATION_TOKENS == calibration.CALIBRATION_TOKENS
+    pytest.importorskip("torch", reason="exporting needs torch")
+    from goslet.export import calibration_text, compensate, recalibration
+
+    assert export.CALIBRATION_TOKENS == sketch.CALIBRATION_TOKENS == calibration_text.CALIBRATION_TOKENS
+    assert sketch.SKETCHES_PER_TOKEN == recalibration.SKETCHES_PER_TOKEN
+    assert export.LOW_RANK_METHODS == compensate.LOW_RANK_METHODS
+    assert export.SPARSE_METHODS == compensate.SPARSE_METHODS
     text, engine, moments = tmp_path / "text", tmp_path / "x.goslet", tmp_path / "x.moments"
     text.write_text("The goose swam. " * 40)
     words = ["export", tiny_checkpoint, "-o", engine, "--quant", "int4", "--calibrate", text]

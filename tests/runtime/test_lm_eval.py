@@ -259,5 +259,5 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "goslet.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
-    with pytest.raises(DependencyError, match=r"goslet\[eval\]"):
+    with pytest.raises(DependencyError, match=r"\.\[eval\]"):
         import goslet.lm_eval  # noqa: F401
