@@ -237,16 +237,7 @@ class Loader {
         if (stored.layout != TensorLayout::kRows) {
             throw EngineError("is not stored in rows", place + ": " + name);
         }
-        const auto known = vectors_.find(name);
-        if (known != vectors_.end()) {
-            return known->second;
-        }
-        AlignedArray<float> values(size);
-        decode_row(stored, 0, values.get());
-        program_.vectors.push_back(std::move(values));
-        const float* const data = program_.vectors.back().get();
-        vectors_.emplace(name, data);
-        return data;
+        return decoded(stored);
     }
 
     const float* vector_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
@@ -361,15 +352,17 @@ class Loader {
         return residual;
     }
 
-    // A matrix in rows as float32, made once however many products have it.
+    // A vector, or a matrix in rows, as float32: made once however many steps have it.
     const float* decoded(const TensorView& stored) {
         const auto known = vectors_.find(stored.name);
         if (known != vectors_.end()) {
             return known->second;
         }
-        AlignedArray<float> values(stored.shape[0] * stored.shape[1]);
-        for (std::size_t row = 0; row < stored.shape[0]; ++row) {
-            decode_row(stored, row, values.get() + row * stored.shape[1]);
+        const std::size_t n_rows = stored.shape.size() == 1 ? 1 : stored.shape[0];
+        const std::size_t n_columns = stored.shape.back();
+        AlignedArray<float> values(n_rows * n_columns);
+        for (std::size_t row = 0; row < n_rows; ++row) {
+            decode_row(stored, row, values.get() + row * n_columns);
         }
         return keep(vectors_, stored.name, std::move(values));
     }

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,7 +37,7 @@ from torch import Tensor
 
 from ..container import Container, Section, read_container, write_container
 from ..errors import HeaderError, InputError, NonFiniteError, TokenError, TokenizerError
-from ..output import check_output
+from ..output import check_output, hidden_folder
 from ..spec import EMBEDDING
 from ..tokenizer import Tokenizer
 from .calibration_text import CHUNK_TOKENS, calibration_tokens, held_out_chunks
@@ -285,11 +284,7 @@ def open_moments(
     """
     with ExitStack() as stack:
         if path is None:
-            name = Path(beside).name
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix=f".{name[:48]}.", suffix=".tmp", dir=Path(beside).resolve().parent)
-            )
-            path = Path(folder) / "moments"
+            path = Path(stack.enter_context(hidden_folder(beside))) / "moments"
         if text is None:
             with MomentsFile(path) as unfinished:
                 unfinished.check_model(model_id)

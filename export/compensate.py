@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -143,11 +144,6 @@ class Compensation:
             )
 
 
-def compensated(rules: list[TensorRule]) -> list[TensorRule]:
-    """The matrices that get residuals."""
-    return [rule for rule in rules if rule.kind in COMPENSATED]
-
-
 def compensate(
     file: EngineFile,
     source: Checkpoint,
@@ -173,7 +169,7 @@ def compensate(
         NonFiniteError: a model gives NaN or infinity on the text.
     """
     rules = {rule.name: rule for rule in source.rules}
-    chosen = compensated(list(rules.values()))
+    chosen = [rule for rule in source.rules if rule.kind in COMPENSATED]
     for rule in chosen:
         wanted.check(rule)
     if tokens is None:
@@ -183,7 +179,7 @@ def compensate(
     own, engine = LayerwiseReader(file, tokens, rows), LayerwiseReader(file, tokens)
     held_out = np.zeros(tokens.shape, bool)
     held_out[held_out_chunks(len(tokens))] = True
-    given: dict[str, tuple[Tensor, Tensor]] = {}
+    given: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     found: dict[str, Residual] = {}
 
     def own_product(name: str, x: Float32Array) -> Float32Array:
@@ -193,7 +189,7 @@ def compensate(
         if rules[name] in chosen:
             if not torch.isfinite(y).all():
                 raise NonFiniteError("the model gives NaN or infinity on the text", place=name)
-            given[name] = inputs, y
+            given[name] = weight, inputs, y
         return y.numpy()
 
     def engine_product(name: str, x: Float32Array) -> Float32Array:
@@ -202,9 +198,8 @@ def compensate(
         y = inputs @ stored.T
         if name not in given:
             return y.numpy()
-        own_inputs, own_outputs = given.pop(name)
-        error = source.tensor(rules[name]) - stored
-        task = _Task(error, own_inputs, inputs, own_outputs - y, torch.from_numpy(held_out.reshape(-1)))
+        weight, own_inputs, own_outputs = given.pop(name)
+        task = _Task(weight - stored, own_inputs, inputs, own_outputs - y, torch.from_numpy(held_out.reshape(-1)))
         try:
             found[name] = task.solve(wanted).stored()
         except TensorValueError:  # beyond fp16: the matrix is better left as it is
@@ -227,7 +222,11 @@ class _Task:
         self.own_inputs = own_inputs[~held_out]
         self.inputs, self.missing = inputs[~held_out], missing[~held_out]
         self.held_inputs, self.held_missing = inputs[held_out], missing[held_out]
-        self.moments = (self.inputs.T @ self.inputs) / len(self.inputs)
+
+    @cached_property
+    def moments(self) -> Tensor:
+        """H of the inputs in the quantized model, [in, in]."""
+        return _moments(self.inputs)
 
     def solve(self, wanted: Compensation) -> Residual:
         residual = Residual()
@@ -247,18 +246,20 @@ class _Task:
     def _low_rank(self, rank: int, method: str) -> tuple[Tensor, Tensor]:
         """down [rank, in] and up [out, rank]."""
         if method == "zero":
-            return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
+            return self._no_low_rank(rank)
         if method == "svd":
             return _truncated(self.error, rank)
         if method == "weighted":
-            moments = (self.own_inputs.T @ self.own_inputs) / len(self.own_inputs)
-            factor = _factor(moments, _DAMPINGS[0])
+            factor = _factor(_moments(self.own_inputs), _DAMPINGS[0])
             down, up = _truncated(self.error @ factor, rank)
             return torch.linalg.solve_triangular(factor, down, upper=False, left=False), up
         if method == "sensing":
             return self._by_sketches(rank)
         choices = [self._by_regression(rank, damping) for damping in _DAMPINGS]
         return min(choices, key=lambda choice: self._held_out_error(*choice))
+
+    def _no_low_rank(self, rank: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
 
     def _held_out_error(self, down: Tensor, up: Tensor) -> float:
         return float((self.held_missing - (self.held_inputs @ down.T) @ up.T).square().mean())
@@ -290,11 +291,11 @@ class _Task:
         inputs, missing = inputs * weights, self.missing.numpy() * weights
         apart = sketches(whitened(self.held_inputs), self.held_missing.numpy(), HELD_OUT_SKETCHES)
         if not apart.values.any():
-            return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
+            return self._no_low_rank(rank)
         try:
             recovery = descend(lambda count: sketches(inputs, missing, count), rank, apart, None, SEED)
         except ConvergenceError:
-            return torch.zeros(rank, self.error.shape[1]), torch.zeros(len(self.error), rank)
+            return self._no_low_rank(rank)
         down = torch.linalg.solve_triangular(factor, torch.from_numpy(recovery.right).float(), upper=False, left=False)
         return down, torch.from_numpy(recovery.left).float()
 
@@ -310,8 +311,7 @@ class _Task:
         else:
             scores = self._network(kept)
         inputs = scores.topk(kept, 1).indices.sort(1).values
-        moments = self.moments.clone()
-        moments.diagonal().add_(_DAMPINGS[0] * (float(moments.diagonal().mean()) or 1.0))
+        moments = _damped(self.moments, _DAMPINGS[0])
         # The best numbers at these places: of each row's normal equations the part that belongs to them.
         wanted = (self.error @ moments).gather(1, inputs)
         values = torch.cat([
@@ -360,15 +360,25 @@ class _Task:
         return torch.from_numpy(np.array(scores)).float()
 
 
+def _moments(inputs: Tensor) -> Tensor:
+    """The mean of x·xᵀ over inputs [N, in]: [in, in]."""
+    return (inputs.T @ inputs) / len(inputs)
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    """The moments with so much of their mean, or of 1 where they are zero, added to the diagonal."""
+    damped = moments.clone()
+    damped.diagonal().add_(damping * (float(moments.diagonal().mean()) or 1.0))
+    return damped
+
+
 def _factor(moments: Tensor, damping: float) -> Tensor:
     """The lower Cholesky factor of the moments with so much of their mean added to the diagonal, or more if need be."""
     if not torch.isfinite(moments).all():
         raise NonFiniteError("the squares of the engine's activations are beyond float32", place="compensation")
     while True:
-        damped = moments.clone()
-        damped.diagonal().add_(damping * (float(moments.diagonal().mean()) or 1.0))
         factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(_damped(moments, damping))
         if not failed:
             return factor
         damping *= 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from .. import __version__
 from ..chat import BUILT_IN, ChatTemplate, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
-from ..output import check_output
+from ..output import check_output, hidden_folder
 from ..residuals import with_residuals
 from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
@@ -260,8 +259,7 @@ def _plain_engine(
     program: bytes,
 ) -> Iterator[EngineFile]:
     """The engine without residuals, in a hidden folder beside `path` while it is used."""
-    name = Path(path).name[:48]
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=".tmp", dir=Path(path).resolve().parent) as folder:
+    with hidden_folder(path) as folder:
         place = Path(folder) / "plain.goslet"
         content = graph.SerializeToString(deterministic=True)
         write(place, graph=content, tensors=tensors, program=program, overwrite=False)

@@ -144,13 +144,7 @@ def budget_recipe(
         left -= hull[0].size_bytes
         for option, better in pairwise(hull):
             steps.append((_slope(option, better), index, rule.name, better, better.size_bytes - option.size_bytes))
-    if left < 0:
-        raise QuantizationError(
-            "cannot be met",
-            place="bits",
-            expected=f"{bits - 8 * left / n_numbers:.3f} or more for this model",
-            found=f"{bits:g}",
-        )
+    _refuse_below(bits - 8 * left / n_numbers, bits)
     closed = set()
     for _, _, name, option, more_bytes in sorted(steps, key=lambda step: step[:2]):
         if more_bytes > left:
@@ -172,12 +166,13 @@ def check_budget(bits: float, rules: Sequence[TensorRule]) -> None:
     fewest = sum(
         min(_stored_bytes(rule, fmt) for fmt in (MENU if rule.is_matrix else [vectors[rule.kind]])) for rule in rules
     )
-    if 8 * fewest > bits * n_numbers:
+    _refuse_below(8 * fewest / n_numbers, bits)
+
+
+def _refuse_below(least: float, bits: float) -> None:
+    if bits < least:
         raise QuantizationError(
-            "cannot be met",
-            place="bits",
-            expected=f"{8 * fewest / n_numbers:.3f} or more for this model",
-            found=f"{bits:g}",
+            "cannot be met", place="bits", expected=f"{least:.3f} or more for this model", found=f"{bits:g}"
         )
 
 

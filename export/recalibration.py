@@ -132,8 +132,8 @@ def sketch(
             raise InputError("is out of range", place=name, expected=f"{low} to {high}", found=repr(value))
     check_output(path, overwrite)
     _check_apart(path, reference, text)
-    _check_runs(reference)
     with EngineFile.open(reference, check=True) as file:
+        _check_runs(file)
         if file.tokenizer_kind is None:
             raise TokenizerError("has no tokenizer, so it can read no text", file=file.path, remedy="export with one")
         tokenizer = load_tokenizer(file.tokenizer_kind, file.tokenizer_bytes)
@@ -259,19 +259,15 @@ def recalibrate(
     check_output(path, overwrite)
     _check_apart(path, engine, sketches)
     seen = SketchFile(sketches)
-    _check_runs(engine)
     with EngineFile.open(engine, check=True) as file:
+        _check_runs(file)
         if file.spec.to_json() != seen.model:
             raise InputError(
                 "holds sketches of a model of other dimensions",
                 file=seen.path,
                 remedy="sketch an engine of the same model, or of one that was tuned from it",
             )
-        residuals = {}
-        for name in file.tensors:
-            residual = residual_of(file, name) if name in _sketched(file) else None
-            if residual is not None:
-                residuals[name] = residual
+        residuals = {name: residual for name in _sketched(file) if (residual := residual_of(file, name)) is not None}
         fitted = {name for name, residual in residuals.items() if residual.rank and name in seen.values}
         if not fitted:
             raise InputError(
@@ -329,10 +325,9 @@ def _check_apart(path: FileName, *read: FileName) -> None:
             raise InputError("is also what is read", file=path, place="output", remedy="choose another name")
 
 
-def _check_runs(engine: FileName) -> None:
+def _check_runs(file: EngineFile) -> None:
     """Let the native backend refuse, by name, a program or a residual that is not sound; what follows trusts them."""
-    with EngineFile.open(engine) as file:
-        NativeBackend(file, 1)
+    NativeBackend(file, 1)
 
 
 @dataclass(frozen=True)

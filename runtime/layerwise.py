@@ -99,10 +99,11 @@ class LayerwiseReader:
         return decode(self._file.weight(name)).reshape(-1)
 
     def _layer_norm(self, x: Float32Array, step: Mapping[str, Any]) -> Float32Array:
-        normed = _normalized(x, step["eps"])
-        normed *= self._vector(f"{step['norm']}.weight")
-        normed += self._vector(f"{step['norm']}.bias")
-        return normed
+        return self._scaled(_normalized(x, step["eps"]), step)
+
+    def _scaled(self, normed: Float32Array, step: Mapping[str, Any]) -> Float32Array:
+        """Rows with a norm's weight and bias applied."""
+        return normed * self._vector(f"{step['norm']}.weight") + self._vector(f"{step['norm']}.bias")
 
     def _norm_shift(self, step: Mapping[str, Any]) -> None:
         normed = self._layer_norm(self.registers[step["x"]], step)
@@ -163,8 +164,7 @@ class LayerwiseReader:
             written = k[:, position, :, :, None] * v[:, position, :, None, :]
             y[:, position] = (r[:, position, :, None, :] @ (bonus * written + state))[:, :, 0]
             state = w[:, position, :, :, None] * state + written
-        normed = _normalized(y, step["eps"]).reshape(-1, r.shape[2] * n)
-        normed = normed * self._vector(f"{step['norm']}.weight") + self._vector(f"{step['norm']}.bias")
+        normed = self._scaled(_normalized(y, step["eps"]).reshape(-1, r.shape[2] * n), step)
         self.registers[step["out"]] = normed if step["g"] is None else normed * self.registers[step["g"]]
 
     def _wkv7(self, step: Mapping[str, Any]) -> None:
@@ -192,8 +192,7 @@ class LayerwiseReader:
             )
             y[:, position] = (state @ r[:, position, :, :, None])[..., 0]
         bonus = (r * k * self._vector(step["r_k"]).reshape(-1, n)).sum(-1, keepdims=True) * v
-        normed = _normalized(y, step["eps"]).reshape(value.shape)
-        normed = normed * self._vector(f"{step['norm']}.weight") + self._vector(f"{step['norm']}.bias")
+        normed = self._scaled(_normalized(y, step["eps"]).reshape(value.shape), step)
         self.registers[step["out"]] = (normed + bonus.reshape(value.shape)) * self.registers[step["g"]]
 
 

@@ -8,6 +8,7 @@ import io
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn, TypeAlias
 
@@ -29,6 +30,14 @@ def check_output(path: Path, overwrite: bool) -> None:
         InputError: `path` is not text or holds a NUL.
     """
     _resolve_output(path, overwrite)
+
+
+@contextlib.contextmanager
+def hidden_folder(beside: Path) -> Iterator[str]:
+    """A hidden folder beside a file that is to be written, for what is made on the way; it is removed in the end."""
+    folder, name = os.path.split(os.path.realpath(os.fspath(beside)))
+    with tempfile.TemporaryDirectory(prefix=f".{name[:48]}.", suffix=".tmp", dir=folder) as made:
+        yield made
 
 
 def _resolve_output(path: Path, overwrite: bool) -> str:

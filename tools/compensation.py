@@ -15,7 +15,6 @@ every matrix, as tuning with a LoRA leaves it (the update is random). Divergence
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quant_quality import DEMO, LANES, MAX_LANE_TOKENS, Reader
+from quant_quality import Reader, command_line, cut_into_lanes
 from random_checkpoint import save
 from torch import Tensor
 
@@ -60,14 +59,10 @@ class Bench:
 
     def __init__(self, checkpoint: Path, tokenizer: Path, text: Path, calibrate: Path, folder: Path) -> None:
         self.checkpoint, self.tokenizer, self.calibrate, self.folder = checkpoint, tokenizer, calibrate, folder
-        vocabulary = tokenizer_from_file(tokenizer)
-        ids = np.array(vocabulary.encode(text.read_text(encoding="utf-8")))
-        length = min(len(ids) // LANES, MAX_LANE_TOKENS)
-        if length < 2:
-            raise SystemExit(f"{text}: at least {2 * LANES} tokens are needed, found {len(ids)}")
-        body = torch.from_numpy(ids[: LANES * length].reshape(LANES, length))
-        self.lanes = torch.cat([torch.full((LANES, 1), vocabulary.end_token or 0), body], 1)
-        self.n_bytes = len(vocabulary.decode_bytes(ids[: LANES * length].tolist()))
+        try:
+            self.lanes, self.n_bytes = cut_into_lanes(text, tokenizer_from_file(tokenizer))
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         self.reader, self.bits = self._reader(checkpoint)
 
     def _reader(self, checkpoint: Path) -> tuple[Reader, float]:
@@ -209,13 +204,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text that the model was not trained on")
-    parser.add_argument("--calibrate", type=Path, required=True, help="another UTF-8 text, to calibrate on")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO / "rwkv7-demo.pth")
-    parser.add_argument("--tokenizer", type=Path, default=DEMO / "tokenizer.json")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file too")
-    options = parser.parse_args(arguments)
+    options = command_line((__doc__ or "").splitlines()[0]).parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.checkpoint, options.tokenizer, options.text, options.calibrate, Path(folder))
         report = {

@@ -41,7 +41,7 @@ from goslet.export.quantize import MENU, budget_recipe
 from goslet.export.sensitivity import losses, output_sensitivities
 from goslet.layouts import pack
 from goslet.spec import EMBEDDING
-from goslet.tokenizer import tokenizer_from_file
+from goslet.tokenizer import Tokenizer, tokenizer_from_file
 from goslet.weights import INTEGER_RANGES, EncodedWeight, WeightFormat, decode, encode, encode_values
 
 DEMO = Path(__file__).resolve().parents[1] / "runtime/demo"
@@ -212,23 +212,41 @@ def rows_json(rows: list[Row], n_bytes: int) -> list[dict[str, Any]]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def cut_into_lanes(text: Path, tokenizer: Tokenizer) -> tuple[Tensor, int]:
+    """The text as `Reader` takes it: int64 [LANES, T], the end-of-document token first; and the bytes it predicts.
+
+    Raises:
+        ValueError: it is too short.
+    """
+    ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")))
+    length = min(len(ids) // LANES, MAX_LANE_TOKENS)
+    if length < 2:
+        raise ValueError(f"{text}: at least {2 * LANES} tokens are needed, found {len(ids)}")
+    body = torch.from_numpy(ids[: LANES * length].reshape(LANES, length))
+    lanes = torch.cat([torch.full((LANES, 1), tokenizer.end_token or 0), body], 1)
+    return lanes, len(tokenizer.decode_bytes(ids[: LANES * length].tolist()))
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """What tells a tool which model reads what."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text that the model was not trained on")
     parser.add_argument("--calibrate", type=Path, required=True, help="another UTF-8 text, to calibrate on")
     parser.add_argument("--checkpoint", type=Path, default=DEMO / "rwkv7-demo.pth")
     parser.add_argument("--tokenizer", type=Path, default=DEMO / "tokenizer.json")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows to this file too")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = command_line((__doc__ or "").splitlines()[0])
     options = parser.parse_args(arguments)
     tokenizer = tokenizer_from_file(options.tokenizer)
-    ids = np.array(tokenizer.encode(options.text.read_text(encoding="utf-8")))
-    length = min(len(ids) // LANES, MAX_LANE_TOKENS)
-    if length < 2:
-        parser.error(f"{options.text}: at least {2 * LANES} tokens are needed, found {len(ids)}")
-    body = torch.from_numpy(ids[: LANES * length].reshape(LANES, length))
-    lanes = torch.cat([torch.full((LANES, 1), tokenizer.end_token or 0), body], 1)
-    n_bytes = len(tokenizer.decode_bytes(ids[: LANES * length].tolist()))
+    try:
+        lanes, n_bytes = cut_into_lanes(options.text, tokenizer)
+    except ValueError as error:
+        parser.error(str(error))
     with open_checkpoint(options.checkpoint) as source, tempfile.TemporaryDirectory() as folder:
         tokens = calibration_tokens(options.calibrate, tokenizer, CALIBRATION_TOKENS)
         collect_moments(source, source.model_id(), tokens, Path(folder) / "moments")
@@ -252,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = {
             "checkpoint": options.checkpoint.name,
             "text": options.text.name,
-            "tokens": LANES * length,
+            "tokens": lanes[:, 1:].numel(),
             "bytes": n_bytes,
             "calibration_text": options.calibrate.name,
             "calibration_tokens": tokens.size,

@@ -6,6 +6,7 @@ Running the engine needs neither the checkpoint nor torch.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..errors import DependencyError
 from ..output import check_output
@@ -97,12 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
-def _low_rank(text: str) -> tuple[int, str]:
+def _low_rank(text: str) -> dict[str, Any]:
     number, colon, method = text.partition(":")
-    return whole_number(1)(number), _one_of(method if colon else "weighted", LOW_RANK_METHODS)
+    rank = {"rank": whole_number(1)(number)}
+    return {**rank, "low_rank": _one_of(method, LOW_RANK_METHODS)} if colon else rank
 
 
-def _sparse(text: str) -> tuple[float, str]:
+def _sparse(text: str) -> dict[str, Any]:
     number, colon, method = text.partition(":")
     try:
         share = float(number)
@@ -112,7 +114,7 @@ def _sparse(text: str) -> tuple[float, str]:
         raise argparse.ArgumentTypeError(
             f"expected a share of a matrix's numbers between 0 and 0.5, such as 0.01, found {number!r}"
         )
-    return share, _one_of(method if colon else "magnitude", SPARSE_METHODS)
+    return {"share": share, "sparse": _one_of(method, SPARSE_METHODS)} if colon else {"share": share}
 
 
 def _one_of(name: str, known: tuple[str, ...]) -> str:
@@ -134,11 +136,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     from ..export import export_engine
     from ..export.compensate import Compensation
 
-    compensation = None
-    if args.low_rank or args.sparse:
-        rank, low_rank = args.low_rank or (0, "weighted")
-        share, sparse = args.sparse or (0.0, "magnitude")
-        compensation = Compensation(rank, low_rank, share, sparse)
+    residuals = {**(args.low_rank or {}), **(args.sparse or {})}
     with console.progress() as progress:
         report = export_engine(
             args.checkpoint,
@@ -150,7 +148,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             calibrate=args.calibrate,
             calibration_tokens=args.calibration_tokens or CALIBRATION_TOKENS,
             moments=args.moments,
-            compensation=compensation,
+            compensation=Compensation(**residuals) if residuals else None,
             tokenizer=args.tokenizer,
             norm_eps=args.norm_eps,
             state=args.state,

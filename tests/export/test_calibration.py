@@ -40,14 +40,6 @@ N_CHUNKS = 3
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "fables.txt"
-    words = np.random.default_rng(3).choice(["the", "goose", "swam", "to", "an", "island", "and", "slept.\n"], 600)
-    path.write_text(" ".join(words))
-    return path
-
-
-@pytest.fixture(scope="module")
 def moments(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The moments file of `tiny_checkpoint` and `text`."""
     path = tmp_path_factory.mktemp("moments") / "tiny.moments"

@@ -273,14 +273,6 @@ class TestSparse:
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "fables.txt"
-    words = np.random.default_rng(3).choice(["the", "goose", "swam", "to", "an", "island", "and", "slept.\n"], 600)
-    path.write_text(" ".join(words))
-    return path
-
-
 class TestExport:
     def test_a_compensated_engine_is_right_and_nearer(self, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
         wanted = Compensation(rank=3, share=0.04)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="exporting needs torch")
 
 import compensation
+from quant_quality import DEMO
 
 from goslet.export.compensate import LOW_RANK_METHODS, SPARSE_METHODS, Compensation
 
@@ -32,8 +33,8 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(SystemExit, match=r"short\.txt: at least 128 tokens are needed"):
         compensation.Bench(
-            compensation.DEMO / "rwkv7-demo.pth",
-            compensation.DEMO / "tokenizer.json",
+            DEMO / "rwkv7-demo.pth",
+            DEMO / "tokenizer.json",
             tmp_path / "short.txt",
             tmp_path / "short.txt",
             tmp_path,
