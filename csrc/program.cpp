@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
 #include <limits>
 #include <optional>
@@ -11,8 +10,8 @@
 #include <unordered_set>
 #include <utility>
 
-#include "embedding.h"
 #include "json.h"
+#include "program_tensors.h"
 
 namespace goslet {
 namespace {
@@ -23,30 +22,13 @@ constexpr std::size_t kMaxSteps = std::size_t{1} << 16;
 constexpr std::size_t kMaxRegisterSize = std::size_t{1} << 20;
 // All registers together: far more than any model's, and few enough to be allocated.
 constexpr std::size_t kMaxRegisterTotal = std::size_t{1} << 22;
-constexpr std::size_t kMaxTensorElements = std::size_t{1} << 40;
 // Below this the kernel keeps a head's vectors on the stack.
 constexpr std::size_t kMaxHeadSize = 256;
 constexpr const char* kEmbedding = "emb.weight";
-// How the names of a residual's places end.
-constexpr std::string_view kPlaces = ".kept_inputs";
-
-std::string shape_text(const std::vector<std::size_t>& shape) {
-    std::string text = "[";
-    for (const std::size_t size : shape) {
-        text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-    }
-    return text + "]";
-}
 
 class Loader {
   public:
-    explicit Loader(const EngineParts& parts) : parts_(parts) {
-        for (const TensorView& tensor : parts.tensors) {
-            check_tensor(tensor);
-            if (!tensors_.emplace(tensor.name, &tensor).second) {
-                throw EngineError("a tensor appears twice", tensor.name);
-            }
-        }
+    explicit Loader(const EngineParts& parts) : parts_(parts), tensors_(parts.tensors, program_.decoded) {
         for (std::size_t index = 0; index < parts.state.size(); ++index) {
             if (!states_.emplace(parts.state[index].name, index).second) {
                 throw EngineError("a state tensor appears twice", parts.state[index].name);
@@ -62,7 +44,8 @@ class Loader {
                               std::to_string(version));
         }
         read_registers(root.need("registers", "program"), root.need("input", "program"));
-        const TensorView& embedding = tensor(kEmbedding, "embedding", {parts_.vocab_size, program_.input.size});
+        const TensorView& embedding =
+            tensors_.of_shape(kEmbedding, "embedding", {parts_.vocab_size, program_.input.size});
         if (embedding.layout != TensorLayout::kRows) {
             throw EngineError("is not stored in rows", kEmbedding);
         }
@@ -89,61 +72,6 @@ class Loader {
     }
 
   private:
-    static void check_tensor(const TensorView& tensor) {
-        std::size_t elements = 1;
-        for (const std::size_t size : tensor.shape) {
-            if (size == 0 || size > kMaxTensorElements / elements) {
-                throw EngineError("has an impossible shape", tensor.name, "", shape_text(tensor.shape));
-            }
-            elements *= size;
-        }
-        if (tensor.shape.empty()) {
-            throw EngineError("has no shape", tensor.name);
-        }
-        const bool integer = is_integer(tensor.format);
-        const bool has_group = tensor.group == 32 || tensor.group == 64 || tensor.group == 128;
-        if (integer ? !has_group : tensor.group != 0) {
-            throw EngineError("has an unknown group", tensor.name, integer ? "32, 64 or 128" : "none",
-                              std::to_string(tensor.group));
-        }
-        std::size_t data_bytes = 0;
-        std::size_t scales_bytes = 0;
-        const std::string_view name = tensor.name;
-        const bool is_places = name.size() > kPlaces.size() && name.substr(name.size() - kPlaces.size()) == kPlaces;
-        if ((tensor.format == Format::kU16) != is_places) {
-            throw EngineError("is stored as places and is none, or the other way round", tensor.name);
-        }
-        if (is_places && tensor.layout != TensorLayout::kRows) {
-            throw EngineError("holds places and is not stored in rows", tensor.name);
-        }
-        if (tensor.layout == TensorLayout::kRows) {
-            data_bytes = rows_data_bytes(tensor.format, tensor.shape);
-            scales_bytes = rows_scales_bytes(tensor.group, tensor.shape);
-        } else {
-            if (tensor.shape.size() != 2) {
-                throw EngineError("is packed but not a matrix", tensor.name, "2 axes", shape_text(tensor.shape));
-            }
-            const Matrix matrix = view(tensor);
-            data_bytes = matrix.data_bytes();
-            scales_bytes = matrix.scales_bytes();
-        }
-        if (tensor.data_bytes != data_bytes || tensor.scales_bytes != scales_bytes) {
-            throw EngineError("has a wrong length", tensor.name,
-                              std::to_string(data_bytes) + " and " + std::to_string(scales_bytes) + " bytes",
-                              std::to_string(tensor.data_bytes) + " and " + std::to_string(tensor.scales_bytes));
-        }
-    }
-
-    static Matrix view(const TensorView& tensor) {
-        return {tensor.format,
-                tensor.layout == TensorLayout::kColumns ? Layout::kColumns : Layout::kTiles,
-                tensor.group,
-                tensor.shape[0],
-                tensor.shape[1],
-                tensor.data,
-                reinterpret_cast<const std::uint16_t*>(tensor.scales)};
-    }
-
     // The registers that `input` lists lie behind each other in one, which takes the token's row of the embedding.
     void read_registers(const Json& json, const Json& input) {
         const auto& members = json.object("program.registers");
@@ -219,30 +147,9 @@ class Loader {
         return found;
     }
 
-    const TensorView& tensor(const std::string& name, const std::string& place, const std::vector<std::size_t>& shape) {
-        const auto found = tensors_.find(name);
-        if (found == tensors_.end()) {
-            throw EngineError("a tensor is missing", place, name, "nothing");
-        }
-        if (found->second->shape != shape) {
-            throw EngineError("a tensor has the wrong shape", place + ": " + name, shape_text(shape),
-                              shape_text(found->second->shape));
-        }
-        return *found->second;
-    }
-
-    // A vector of `size` numbers as float32, decoded once however many steps read it.
-    const float* vector(const std::string& name, const std::string& place, std::size_t size) {
-        const TensorView& stored = tensor(name, place, {size});
-        if (stored.layout != TensorLayout::kRows) {
-            throw EngineError("is not stored in rows", place + ": " + name);
-        }
-        return decoded(stored);
-    }
-
     const float* vector_of(const Json& step, std::string_view key, const std::string& place, std::size_t size) {
         const std::string at = place + "." + std::string(key);
-        return vector(step.need(key, place).text(at), at, size);
+        return tensors_.vector(step.need(key, place).text(at), at, size);
     }
 
     // Null means none.
@@ -260,8 +167,8 @@ class Loader {
         if (!(eps > 0 && std::isfinite(eps))) {
             throw EngineError("is not a positive number", place + ".eps", "", std::to_string(eps));
         }
-        return {vector(name + ".weight", place + ".norm", size), vector(name + ".bias", place + ".norm", size),
-                static_cast<float>(eps)};
+        return {tensors_.vector(name + ".weight", place + ".norm", size),
+                tensors_.vector(name + ".bias", place + ".norm", size), static_cast<float>(eps)};
     }
 
     std::size_t state_of(const Json& step, std::string_view key, const std::string& place,
@@ -284,33 +191,14 @@ class Loader {
     }
 
     Matrix matrix_of(const Json& step, const std::string& place, std::size_t n_out, std::size_t n_in) {
-        const std::string& name = step.need("weight", place).text(place + ".weight");
-        const TensorView& stored = tensor(name, place + ".weight", {n_out, n_in});
-        if (stored.layout == TensorLayout::kRows) {
-            throw EngineError("a matrix is not packed", place + ".weight", "tiles or columns", name + " in rows");
-        }
-        return view(stored);
+        const std::string at = place + ".weight";
+        return tensors_.matrix(step.need("weight", place).text(at), at, n_out, n_in);
     }
 
-    // A matrix in rows, whose tensor must have `n_rows` of them, and any width up to `max_columns`.
     const TensorView& rows_of(const Json& step, std::string_view key, const std::string& place, std::size_t n_rows,
                               std::size_t max_columns) {
         const std::string at = place + "." + std::string(key);
-        const std::string& name = step.need(key, place).text(at);
-        const auto found = tensors_.find(name);
-        if (found == tensors_.end()) {
-            throw EngineError("a tensor is missing", at, name, "nothing");
-        }
-        const TensorView& stored = *found->second;
-        if (stored.shape.size() != 2 || stored.shape[0] != n_rows || stored.shape[1] > max_columns) {
-            throw EngineError("a tensor has the wrong shape", at + ": " + name,
-                              "[" + std::to_string(n_rows) + ", up to " + std::to_string(max_columns) + "]",
-                              shape_text(stored.shape));
-        }
-        if (stored.layout != TensorLayout::kRows) {
-            throw EngineError("is not stored in rows", at + ": " + name);
-        }
-        return stored;
+        return tensors_.rows(step.need(key, place).text(at), at, n_rows, max_columns);
     }
 
     // null, or {up, low, kept, kept_inputs}: a tensor [n_out, rank] and a register of rank numbers, and two tensors
@@ -330,7 +218,7 @@ class Loader {
                 throw EngineError("a tensor has the wrong shape", at + ".up", shape_text({n_out, residual.rank}),
                                   shape_text(up.shape));
             }
-            residual.up = turned(up);
+            residual.up = tensors_.turned(up);
         }
         if (!json.need("kept", at).is_null()) {
             const TensorView& kept = rows_of(json, "kept", at, n_out, n_in);
@@ -340,68 +228,16 @@ class Loader {
                                   "u16 " + shape_text(kept.shape), shape_text(inputs.shape));
             }
             residual.n_kept = kept.shape[1];
-            residual.kept_inputs = places(inputs);
+            residual.kept_inputs = tensors_.places(inputs);
             for (std::size_t index = 0; index < n_out * residual.n_kept; ++index) {
                 if (residual.kept_inputs[index] >= n_in) {
                     throw EngineError("is not an input", at + ".kept_inputs", "0 to " + std::to_string(n_in - 1),
                                       std::to_string(residual.kept_inputs[index]));
                 }
             }
-            residual.kept = decoded(kept);
+            residual.kept = tensors_.decoded(kept);
         }
         return residual;
-    }
-
-    // A vector, or a matrix in rows, as float32: made once however many steps have it.
-    const float* decoded(const TensorView& stored) {
-        const auto known = vectors_.find(stored.name);
-        if (known != vectors_.end()) {
-            return known->second;
-        }
-        const std::size_t n_rows = stored.shape.size() == 1 ? 1 : stored.shape[0];
-        const std::size_t n_columns = stored.shape.back();
-        AlignedArray<float> values(n_rows * n_columns);
-        for (std::size_t row = 0; row < n_rows; ++row) {
-            decode_row(stored, row, values.get() + row * n_columns);
-        }
-        return keep(vectors_, stored.name, std::move(values));
-    }
-
-    // The same with its axes exchanged.
-    const float* turned(const TensorView& stored) {
-        const auto known = turned_.find(stored.name);
-        if (known != turned_.end()) {
-            return known->second;
-        }
-        const std::size_t n_rows = stored.shape[0];
-        const std::size_t n_columns = stored.shape[1];
-        std::vector<float> row(n_columns);
-        AlignedArray<float> values(n_rows * n_columns);
-        for (std::size_t index = 0; index < n_rows; ++index) {
-            decode_row(stored, index, row.data());
-            for (std::size_t column = 0; column < n_columns; ++column) {
-                values.get()[column * n_rows + index] = row[column];
-            }
-        }
-        return keep(turned_, stored.name, std::move(values));
-    }
-
-    const float* keep(std::unordered_map<std::string, const float*>& kept, const std::string& name,
-                      AlignedArray<float> values) {
-        program_.vectors.push_back(std::move(values));
-        return kept[name] = program_.vectors.back().get();
-    }
-
-    // Places of inputs: a copy, which stays within bounds whatever becomes of the file.
-    const std::uint16_t* places(const TensorView& stored) {
-        const auto known = places_.find(stored.name);
-        if (known != places_.end()) {
-            return known->second;
-        }
-        AlignedArray<std::uint16_t> values(stored.shape[0] * stored.shape[1]);
-        std::memcpy(values.get(), stored.data, stored.data_bytes);
-        program_.places.push_back(std::move(values));
-        return places_[stored.name] = program_.places.back().get();
     }
 
     std::unique_ptr<Step> read_step(const Json& step, const std::string& place, bool is_last) {
@@ -672,13 +508,10 @@ class Loader {
 
     const EngineParts& parts_;
     Program program_{};
-    std::unordered_map<std::string, const TensorView*> tensors_;
+    ProgramTensors tensors_;
     std::unordered_map<std::string, std::size_t> states_;
     std::unordered_set<std::size_t> used_states_;
     std::unordered_map<std::string, Register> registers_;
-    std::unordered_map<std::string, const float*> vectors_;
-    std::unordered_map<std::string, const float*> turned_;
-    std::unordered_map<std::string, const std::uint16_t*> places_;
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The program of an engine file: JSON that names fused steps, and its way into `Step` objects.
 //
-//   {"version": 1,
+//   {"version": 3,
 //    "registers": {"x": 768, …},              places for one row of so many numbers each, at most kMaxRegisters
 //    "input": "x",                            where the embedded token is put
 //    "steps": [{"op": "norm_shift", …}, {"op": "linear", …}, …, {"op": "logits", …}]}
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "native_engine.h"
+#include "program_tensors.h"
 #include "steps.h"
 
 namespace goslet {
@@ -24,10 +25,7 @@ struct Program {
     Needs needs;
     Register input;
     TensorView embedding;
-    // Vectors as float32, which the steps point into.
-    std::vector<AlignedArray<float>> vectors;
-    // Places of inputs, likewise.
-    std::vector<AlignedArray<std::uint16_t>> places;
+    DecodedTensors decoded;
 };
 
 // Throws EngineError, or std::bad_alloc.
