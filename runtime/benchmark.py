@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .machine import available_cores, cpu_model
+from .backends.cuda_driver import CudaError, Driver, copy_bandwidth_gb_s
+from .errors import BackendError
+from .machine import available_cores, cpu_model, gpu
 from .sampling import SamplingOptions
 from .session import Engine
 from .spec import EMBEDDING
@@ -39,9 +41,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a measurement was made: the CPU's model, the cores at hand, and the threads used."""
+    """Where a measurement was made: the CPU's model, the CUDA device if steps ran there, the CPU cores at hand, and the
+    threads used."""
 
     cpu: str
+    gpu: str | None
     cores: int
     threads: int
 
@@ -58,6 +62,7 @@ class Benchmark:
         bytes_per_token: bytes of weights and state that a step must read; of the embedding, one row; of weights that
             meet zeros, those that were not skipped (`density`).
         bandwidth_gb_s: GB/s (10^9) of reading a large buffer on as many threads, in the same run; the best of several.
+            Where steps run on a GPU, of a copy within its memory, reads and writes together.
         share_of_bandwidth: bytes_per_token times the median tokens_per_s over bandwidth_gb_s.
         density: share of the inputs of `ffn.value` that were not zero, whose weights alone were read; None where the
             backend skips none.
@@ -95,12 +100,15 @@ def run_benchmark(
 
     Raises:
         NonFiniteError, BackendError: the engine fails.
+        BackendError: the GPU's bandwidth cannot be measured.
     """
     report = progress or (lambda stage, done, total: None)
     step_s, tokens = _decode(engine, report)
     n_prefill = int(min(MAX_PREFILL_TOKENS, max(16, PREFILL_S / np.median(step_s))))
     prefill_s = _prefill(engine, (tokens * (1 + n_prefill // len(tokens)))[:n_prefill], report)
-    bandwidth_gb_s = stream_bandwidth_gb_s(threads, STREAM_BYTES)
+    on_gpu = engine.backend.device == "cuda"
+    bandwidth_gb_s = _gpu_bandwidth_gb_s() if on_gpu else stream_bandwidth_gb_s(threads, STREAM_BYTES)
+    device = gpu() if on_gpu else None
     density = engine.backend.density
     size = bytes_per_token(engine, density)
     decode = _rate(1 / np.array(step_s))
@@ -115,7 +123,7 @@ def run_benchmark(
         density=density,
         backend=engine.backend_name,
         isa=engine.backend.isa,
-        machine=Machine(cpu=cpu_model(), cores=available_cores(), threads=threads),
+        machine=Machine(cpu=cpu_model(), gpu=device and device.name, cores=available_cores(), threads=threads),
     )
 
 
@@ -173,6 +181,15 @@ def _prefill(engine: Engine, tokens: list[int], report: Callable[[str, int, int]
 def _rate(tokens_per_s: NDArray[np.float64]) -> Rate:
     p5, median, p95 = np.percentile(tokens_per_s, [5, 50, 95])
     return Rate(median=float(median), p5=float(p5), p95=float(p95))
+
+
+def _gpu_bandwidth_gb_s() -> float:
+    try:
+        return copy_bandwidth_gb_s(Driver(), STREAM_BYTES // 2, STREAM_PASSES)
+    except CudaError as error:
+        raise BackendError(
+            f"the CUDA device's bandwidth cannot be measured: {error}", remedy="free some of the device's memory"
+        ) from error
 
 
 def stream_bandwidth_gb_s(threads: int, size_bytes: int) -> float:

@@ -66,6 +66,7 @@ class Backend(abc.ABC):
 
     Attributes:
         name: how users name it.
+        device: where steps run and weights lie, one of `DEVICES`.
         in_place: whether steps update a state in its one buffer; otherwise they need a second one to write to.
         isa: the instruction set of the kernels, or None where the backend does not say.
         density: of the activations that meet `ffn.value` in steps of one token, the share that was not zero, since the
@@ -73,6 +74,7 @@ class Backend(abc.ABC):
     """
 
     name: ClassVar[str]
+    device: ClassVar[str] = "cpu"
     in_place: ClassVar[bool]
 
     @abc.abstractmethod

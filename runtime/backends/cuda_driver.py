@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from ..errors import BackendUnavailableError
 
 _CAPTURE_OF_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_COPIES_IN_PASS = 8  # so that starting the first of them does not count
 
 
 class CudaError(Exception):
@@ -195,6 +197,25 @@ class Graph:
             CudaError: nothing was queued.
         """
         self._driver.call("cuGraphLaunch", self._handle, self._stream)
+
+
+def copy_bandwidth_gb_s(driver: Driver, size_bytes: int, passes: int) -> float:
+    """GB/s (10^9) at which the device copies a block within its memory, reads and writes together: the best of several.
+
+    Raises:
+        CudaError: the device's memory is short, or a copy failed.
+    """
+    driver.activate()
+    source, target = DeviceMemory(driver, size_bytes), DeviceMemory(driver, size_bytes)
+    stream = Stream(driver)
+    passes_s = []
+    for _ in range(passes + 1):  # the first warms up
+        start_s = time.perf_counter()
+        for _ in range(_COPIES_IN_PASS):
+            stream.on_device(target.address, source.address, size_bytes)
+        stream.synchronize()
+        passes_s.append(time.perf_counter() - start_s)
+    return 2 * _COPIES_IN_PASS * size_bytes / min(passes_s[1:]) / 1e9
 
 
 def _quietly(driver: Driver, function: str, handle: Any) -> None:

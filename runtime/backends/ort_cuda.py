@@ -40,7 +40,7 @@ class OrtCudaBackend(OrtBackend):
     in_place = True
     # With TF32 a product would keep three digits.
     provider: ClassVar[tuple[str, dict[str, str]]] = ("CUDAExecutionProvider", {"use_tf32": "0"})
-    device: ClassVar[str] = "cuda"
+    device = "cuda"
 
     def __init__(self, file: EngineFile, threads: int | None = None) -> None:
         super().__init__(file, threads)

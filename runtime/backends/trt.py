@@ -56,6 +56,7 @@ class TrtBackend(Backend):
     """
 
     name = "trt"
+    device = "cuda"
     in_place = True
 
     def __init__(self, file: EngineFile) -> None:

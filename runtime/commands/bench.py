@@ -1,7 +1,7 @@
 """Measure how fast an engine runs on this machine.
 
 On a good backend decoding is limited by reading the weights, so the speed is also given as a share of the memory's
-bandwidth, which is measured in the same run on as many threads.
+bandwidth, which is measured in the same run: by reading on as many threads, or on a GPU by copying within its memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
 def _show(result: Benchmark, console: Console) -> None:
     machine = result.machine
     backend = result.backend if result.isa is None else f"{result.backend} ({result.isa})"
-    console.line(f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, backend {backend}")
+    processors = machine.cpu if machine.gpu is None else f"{machine.gpu} with {machine.cpu}"
+    console.line(f"{processors}, {machine.cores} cores, {machine.threads} threads, backend {backend}")
     for name, rate in (("decode", result.tokens_per_s), ("prefill", result.prefill_tokens_per_s)):
         console.line(f"{name:<9} {rate.median:.1f} tokens/s (5% {rate.p5:.1f}, 95% {rate.p95:.1f})")
     console.line(f"a token   {readable_size(result.bytes_per_token)} of weights and state")

@@ -346,6 +346,19 @@ def write_fake_plan(engine: Path, **changed: Any) -> tuple[Path, frozenset[str]]
 
 
 @contextlib.contextmanager
+def _module(name: str, module: types.ModuleType) -> Iterator[None]:
+    # mock.patch.dict would also take back what is imported meanwhile, torch's parts for example.
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+@contextlib.contextmanager
 def fake_gpu() -> Iterator[tuple[FakeCuda, FakeTensorRT]]:
     """This machine with a GPU and TensorRT."""
     cuda = FakeCuda()
@@ -353,7 +366,7 @@ def fake_gpu() -> Iterator[tuple[FakeCuda, FakeTensorRT]]:
     with (
         mock.patch.object(cuda_driver, "open_library", lambda: cuda),
         mock.patch.object(trt, "gpu", lambda: GPU),
-        mock.patch.dict(sys.modules, {"tensorrt": tensorrt}),
+        _module("tensorrt", tensorrt),
         mock.patch.object(ort_cuda.OrtCudaBackend, "provider", ("CPUExecutionProvider", {})),
         mock.patch.object(ort_cuda.OrtCudaBackend, "device", "cpu"),
     ):

@@ -9,6 +9,7 @@ import gc
 import shutil
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import goslet
-from goslet import planfile
+from goslet import benchmark, planfile
 from goslet.backends import cuda_driver, trt
 from goslet.enginefile import EngineFile
 from goslet.errors import BackendError, BackendUnavailableError, ContainerError, DependencyError, GosletError
@@ -189,6 +190,44 @@ def test_verify_explains_a_plans_precision(
     assert report.backend == "trt" and report.passed, report.checks
     # The limits mean something: products in f16 are far from those of float32.
     assert max(check.limit for check in report.checks if check.name.startswith("trt")) < 0.1
+
+
+def test_bench_compares_with_the_memory_of_the_gpu(engine: goslet.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "DECODE_S": 0.0,
+        "PREFILL_S": 0.0,
+        "STREAM_BYTES": 1 << 20,
+        "gpu": lambda: fake_gpu.GPU,
+    }.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "stream_bandwidth_gb_s", None)  # the CPU's memory has no part in it
+    found = benchmark.run_benchmark(engine, threads=1)
+    assert found.machine.gpu == fake_gpu.GPU.name
+    assert found.share_of_bandwidth == pytest.approx(
+        found.bytes_per_token * found.tokens_per_s.median / (found.bandwidth_gb_s * 1e9)
+    )
+
+
+def test_bandwidth_counts_reads_and_writes_of_every_copy(
+    machine: tuple[FakeCuda, FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only copies move on: a kilobyte a microsecond, and the first pass, which warms up, is slow."""
+    cuda, _ = machine
+    now_s = 0.0
+    copy = cuda._copy
+
+    def slow_copy(kinds: tuple[str, str], target: Any, source: Any, size: Any, stream: Any) -> None:
+        def wait() -> None:
+            nonlocal now_s
+            now_s += size.value * (1e-9 if cuda.calls.count("cuStreamSynchronize") > 1 else 1e-6)
+
+        copy(kinds, target, source, size, stream)
+        cuda.queue(stream.value, wait)
+
+    monkeypatch.setattr(cuda, "_copy", slow_copy)
+    monkeypatch.setattr(cuda_driver, "time", types.SimpleNamespace(perf_counter=lambda: now_s))
+    assert cuda_driver.copy_bandwidth_gb_s(cuda_driver.Driver(), 1000, 3) == pytest.approx(2.0)
+    assert not cuda.memory and not cuda.streams
 
 
 # --------------------------------------------------------------------------------------------------------- what is lost
