@@ -58,6 +58,8 @@ _OTHERS = {
     b"\x89GOSL": "a goslet engine file",
     b"GOSLETST": "a goslet state file",
     b"GOSLPLAN": "a goslet TensorRT plan",
+    b"GOSLETMO": "goslet's moments of a model's activations",
+    b"GOSLETSK": "goslet's sketches of a model",
 }
 MAX_HEADER_BYTES = 64 << 20
 MAX_HEADER_VALUES = 1 << 20
@@ -435,12 +437,14 @@ def _check_prefix(prefix: bytes, file_bytes: int, magic: bytes, version: int, ki
             raise WrongMagicError(
                 "was changed as if it were text", file=shown, place="magic", remedy="copy it again as binary"
             )
+        what = next((what for form, what in _OTHERS.items() if start.startswith(form)), None)
         raise WrongMagicError(
             f"is not a goslet {kind}",
             file=shown,
-            place="magic",
-            expected=magic.hex(" "),
-            found=start.hex(" ") + next((f", {what}" for form, what in _OTHERS.items() if start.startswith(form)), ""),
+            place=None if what else "magic",
+            expected=None if what else magic.hex(" "),
+            found=what or start.hex(" "),
+            remedy="compile it first: goslet export" if what and "checkpoint" in what else None,
         )
     if len(prefix) < _PREFIX.size:
         raise TruncatedError(

@@ -15,27 +15,35 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _REDRAW_S = 0.1
+_LINE_S = 30.0  # between lines where there is no terminal to redraw one on
 
 
 class Progress:
-    """A counter on one line of stderr; silent where stderr is not a terminal.
+    """A counter on one line of stderr; where that is no terminal but a file, a line every half a minute.
 
     Use it as a context, and call it with the stage, what is done and the total; leaving the context clears the line.
     """
 
     def __init__(self, enabled: bool) -> None:
         self._stage = ""
-        self._enabled = enabled and sys.stderr is not None and sys.stderr.isatty()
-        self._drawn_s = 0.0
+        self._enabled = enabled and sys.stderr is not None
+        self._redraws = self._enabled and sys.stderr.isatty()
+        self._interval_s = _REDRAW_S if self._redraws else _LINE_S
+        self._drawn_s = time.monotonic()
         self._width = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show `done` of `total` of a stage, at most ten times a second."""
+        """Show `done` of `total` of a stage, at most ten times a second on a terminal."""
         now_s = time.monotonic()
-        if not self._enabled or (now_s - self._drawn_s < _REDRAW_S and stage == self._stage):
+        is_new = self._redraws and stage != self._stage
+        if not self._enabled or (now_s - self._drawn_s < self._interval_s and not is_new):
             return
         self._drawn_s, self._stage = now_s, stage
-        self._draw(f"{stage} {100 * done // max(1, total):3d}% ({done:,} of {total:,})")
+        text = f"{stage} {100 * done // max(1, total):3d}% ({done:,} of {total:,})"
+        if self._redraws:
+            self._draw(text)
+        else:
+            print(f"goslet: {text}", file=sys.stderr, flush=True)
 
     def _draw(self, text: str) -> None:
         text = text[: max(0, shutil.get_terminal_size().columns - 1)]

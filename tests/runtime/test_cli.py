@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 import goslet
 from goslet import cli
-from goslet.commands import demo, export, sketch
+from goslet.commands import console, demo, export, sketch
 from goslet.commands.console import readable_size
 from goslet.enginefile import EngineFile
 
@@ -106,6 +107,19 @@ def test_too_little_memory_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(cli.inspect, "execute", execute)
     assert_one_line_error(run("inspect", "e"), 1, "not enough memory")
+
+
+def test_progress_in_a_file_is_a_line_every_half_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: now_s))
+    with console.Progress(enabled=True) as progress, console.Progress(enabled=False) as silent:
+        for done in range(70):
+            progress("reading" if done < 50 else "writing", done, 70)
+            silent("reading", done, 70)
+            now_s += 1
+    assert capsys.readouterr().err == "goslet: reading  42% (30 of 70)\ngoslet: writing  85% (60 of 70)\n"
 
 
 def test_sizes_for_people() -> None:

@@ -202,7 +202,7 @@ def test_any_character_can_be_written_in_any_locale(tiny_engine: Path, tmp_path:
         done.stdout.decode(encoding)
 
 
-def test_progress_is_for_terminals_only_and_clears_its_line(tiny_engine: Path, tmp_path: Path) -> None:
+def test_progress_on_a_terminal_clears_its_line(tiny_engine: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(b"some words to predict, " * 60)
     words = ["eval", str(tiny_engine), "--text", str(text), "--json"]

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -302,6 +303,25 @@ def test_flips_before_the_sections_are_caught_at_open(good: bytes) -> None:
             assert error in (ChecksumError, TruncatedError, OversizedError)
         else:
             assert error is ChecksumError
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"GOSLETST", "a goslet state file"),
+        (b"GOSLPLAN", "a goslet TensorRT plan"),
+        (b"GOSLETMO", "goslet's moments of a model's activations"),
+        (b"GOSLETSK", "goslet's sketches of a model"),
+        (b"GGUF\x03\0\0\0", "a GGUF checkpoint"),
+        (b"PK\x03\x04\0\0\0\0", "a checkpoint (.pth) or another zip file"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(start: bytes, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.goslet"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(WrongMagicError, match=re.escape(f"is not a goslet test file (found {what})")) as caught:
+        read(path)
+    assert ("goslet export" in str(caught.value)) == ("checkpoint" in what)
 
 
 @pytest.mark.parametrize("name", ["graph", "tail"])
