@@ -1,4 +1,4 @@
-"""tools/compensation.py, without the minutes that it takes: what it tries, and what the README says of it."""
+"""tools/compensation.py, without the minutes that it takes: what it tries, and what the text beside its report says."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_every_method_is_tried_once_alone() -> None:
     assert compensation.described(Compensation(rank=2, share=0.01)) == "--low-rank 2:weighted --sparse 0.01:magnitude"
 
 
-def test_the_readme_shows_the_report(repository: Path) -> None:
+def test_the_text_shows_the_report(repository: Path) -> None:
     report = json.loads((repository / "tools/reports/compensation.json").read_text())
-    readme = (repository / "README.md").read_text().splitlines()
+    shown = (repository / "tools/reports/README.md").read_text().splitlines()
     for line in compensation.tables(report):
-        assert not line or line in readme
+        assert not line or line in shown
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
