@@ -156,6 +156,8 @@ def refusals(checks: Checks, kernels: PluginKernels) -> None:
     words = packed.view(torch.int32)
     fields, inputs = {"bits": 4, "group": 32}, (x, words, scales)
     odd = checks.normal(1, 129, kind=F16).reshape(-1)[1:].reshape(2, 64)
+    vectors = [checks.normal(1, 2, 64, kind=F32) for _ in range(6)]
+    state = checks.normal(1, 2, 64, 64, kind=F32)
     name = "GosletProduct"
     cases: dict[str, tuple[str, dict[str, int], Sequence[Any], Sequence[Any], str]] = {
         "another name": ("Wkv8", {}, inputs, (y,), "no plugin of this name"),
@@ -170,6 +172,18 @@ def refusals(checks: Checks, kernels: PluginKernels) -> None:
         "scales of another type": (name, fields, (x, words, scales.float()), (y,), "place 2"),
         "int8 activations": (name, fields, (x.to(torch.int8), words, scales), (y.to(torch.int8),), "place 0"),
         "an unaligned x": (name, fields, (odd, words, scales), (y,), "enqueue gives -4"),
+        "scales of fewer outputs": (name, fields, (x, words, scales[:-1]), (y,), "onShapeChange"),
+        "weights of more inputs": (name, fields, (x, torch.cat([words, words], 1), scales), (y,), "onShapeChange"),
+        "scales of fewer inputs": (name, fields, (x, words, scales[:, :-1].contiguous()), (y,), "onShapeChange"),
+        "weights with an axis more": (name, fields, (x, words[:, :, None], scales), (y,), "onShapeChange"),
+        "a vector of another head": (
+            "Wkv7",
+            {},
+            (*vectors[:5], vectors[5][:, :1], state),
+            (vectors[0], state),
+            "onShapeChange",
+        ),
+        "a state of other heads": ("Wkv7", {}, (*vectors, state[:, :1]), (vectors[0], state), "onShapeChange"),
         "33 inputs": (name, fields, (checks.normal(2, 33, kind=F16), words, scales), (y,), "enqueue gives -2"),
     }
     for case, (plugin, given, ins, outs, words_of_it) in cases.items():

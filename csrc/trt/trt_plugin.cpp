@@ -29,8 +29,10 @@ using nvinfer1::PluginTensorDesc;
 constexpr int kFailed = 1;
 constexpr const char* kVersion = "1";
 constexpr const char* kNamespace = "";
+constexpr int kMaxInputs = 7;
 constexpr int kMaxOutputs = 4;
 constexpr std::int64_t kMaxProductRows = 8;
+constexpr std::int64_t kPaddedTo = 128;
 
 struct Call {
     const PluginTensorDesc* input_descs;
@@ -46,13 +48,15 @@ struct Call {
     float* float_output(int output) const { return static_cast<float*>(outputs[output]); }
 };
 
-// What a tensor must be: 't' of the activations' type, which all of these share, 'f' float, 'h' half, 'i' int32.
+// What a tensor must be: 't' of the activations' type, which all of these share, 'f' float, 'h' half, 'i' int32; and
+// its shape, a letter an axis, where a letter is the same size everywhere.
 struct Operator {
     const char* name;
     std::string_view inputs;
     std::string_view outputs;
-    int like[kMaxOutputs];  // the input whose shape each output has; -1 for a product's
-    bool has_fields;        // bits and group
+    std::string_view input_shapes[kMaxInputs];
+    std::string_view output_shapes[kMaxOutputs];
+    bool has_fields;  // bits and group
     int (*run)(const Call& call);
 };
 
@@ -63,7 +67,7 @@ int run_wkv4(const Call& c) {
 }
 
 int run_wkv6(const Call& c) {
-    const int by_token = c.input_descs[3].dims.nbDims == 3 ? 1 : 0;
+    const int by_token = c.input_descs[3].dims.nbDims == 3 ? 1 : 0;  // as in Wkv6
     return goslet_cuda_wkv6(c.type, GOSLET_CUDA_F32, c.size(0, 0), c.size(0, 1), c.size(0, 2), c.inputs[0], c.inputs[1],
                             c.inputs[2], c.floats(3), by_token, c.floats(4), c.inputs[5], c.outputs[0], c.outputs[1],
                             c.stream);
@@ -94,9 +98,11 @@ int run_product(const Call& c) {
 }
 
 constexpr Operator kOperators[] = {
-    {"Wkv4", "ttfffff", "tfff", {1, 4, 5, 6}, false, run_wkv4}, {"Wkv5", "tttfff", "tf", {0, 5}, false, run_wkv6},
-    {"Wkv6", "tttfff", "tf", {0, 5}, false, run_wkv6},          {"Wkv7", "tfttttf", "tf", {0, 6}, false, run_wkv7},
-    {"GosletProduct", "tih", "t", {-1}, true, run_product},
+    {"Wkv4", "ttfffff", "tfff", {"bc", "bc", "c", "c", "bc", "bc", "bc"}, {"bc", "bc", "bc", "bc"}, false, run_wkv4},
+    {"Wkv5", "tttfff", "tf", {"bhn", "bhn", "bhn", "hn", "hn", "bhnn"}, {"bhn", "bhnn"}, false, run_wkv6},
+    {"Wkv6", "tttfff", "tf", {"bhn", "bhn", "bhn", "bhn", "hn", "bhnn"}, {"bhn", "bhnn"}, false, run_wkv6},
+    {"Wkv7", "tfttttf", "tf", {"bhn", "bhn", "bhn", "bhn", "bhn", "bhn", "bhnn"}, {"bhn", "bhnn"}, false, run_wkv7},
+    {"GosletProduct", "tih", "t", {"bi", "ow", "og"}, {"bo"}, true, run_product},
 };
 
 bool is_activation(DataType type) {
@@ -119,6 +125,30 @@ bool is_kind(char kind, DataType type) {
 goslet_cuda_type cuda_type(DataType type) {
     return type == DataType::kHALF ? GOSLET_CUDA_F16 : type == DataType::kBF16 ? GOSLET_CUDA_BF16 : GOSLET_CUDA_F32;
 }
+
+// The sizes that the letters of shapes stand for.
+class Sizes {
+  public:
+    // Whether a tensor has this shape; letters that are new get its sizes.
+    bool take(std::string_view letters, const nvinfer1::Dims& dims) noexcept {
+        if (dims.nbDims != static_cast<std::int32_t>(letters.size())) {
+            return false;
+        }
+        for (std::size_t axis = 0; axis < letters.size(); ++axis) {
+            std::int64_t& size = sizes_[letters[axis] - 'a'];
+            size = size == 0 ? dims.d[axis] : size;
+            if (dims.d[axis] < 1 || dims.d[axis] != size) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    std::int64_t operator[](char letter) const noexcept { return sizes_[letter - 'a']; }
+
+  private:
+    std::int64_t sizes_['z' - 'a' + 1]{};
+};
 
 // One operator as a plugin with all three capabilities. The activations are its first input.
 class Plugin final : public nvinfer1::IPluginV3,
@@ -177,13 +207,13 @@ class Plugin final : public nvinfer1::IPluginV3,
             return kFailed;
         }
         for (std::int32_t i = 0; i < n_outputs; ++i) {
-            if (op_.like[i] >= 0) {
-                outputs[i] = inputs[op_.like[i]];
-                continue;
+            const std::string_view letters = op_.output_shapes[i];
+            outputs[i].nbDims = static_cast<std::int32_t>(letters.size());
+            for (std::size_t axis = 0; axis < letters.size(); ++axis) {
+                if (!find_size(inputs, n_inputs, letters[axis], outputs[i].d[axis])) {
+                    return kFailed;
+                }
             }
-            outputs[i].nbDims = 2;
-            outputs[i].d[0] = inputs[0].d[0];
-            outputs[i].d[1] = inputs[1].d[0];
         }
         return 0;
     }
@@ -200,9 +230,21 @@ class Plugin final : public nvinfer1::IPluginV3,
                (kind != 't' || tensor.type == tensors[0].desc.type);
     }
 
-    std::int32_t onShapeChange(const PluginTensorDesc*, std::int32_t n_inputs, const PluginTensorDesc*,
+    // The kernels are given sizes of one tensor and read others by them: what does not fit together is refused here.
+    std::int32_t onShapeChange(const PluginTensorDesc* inputs, std::int32_t n_inputs, const PluginTensorDesc* outputs,
                                std::int32_t n_outputs) noexcept override {
-        return counts_fit(n_inputs, n_outputs) ? 0 : kFailed;
+        if (!counts_fit(n_inputs, n_outputs)) {
+            return kFailed;
+        }
+        Sizes sizes;
+        for (std::int32_t i = 0; i < n_inputs + n_outputs; ++i) {
+            const bool is_input = i < n_inputs;
+            const std::string_view letters = is_input ? op_.input_shapes[i] : op_.output_shapes[i - n_inputs];
+            if (!sizes.take(letters, is_input ? inputs[i].dims : outputs[i - n_inputs].dims)) {
+                return kFailed;
+            }
+        }
+        return !op_.has_fields || weights_fit(sizes) ? 0 : kFailed;
     }
 
     std::int32_t enqueue(const PluginTensorDesc* input_descs, const PluginTensorDesc*, const void* const* inputs,
@@ -215,6 +257,25 @@ class Plugin final : public nvinfer1::IPluginV3,
     const PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
 
   private:
+    // An axis of the inputs that this letter stands for.
+    bool find_size(const DimsExprs* inputs, std::int32_t n_inputs, char letter,
+                   const nvinfer1::IDimensionExpr*& size) const noexcept {
+        for (std::int32_t i = 0; i < n_inputs; ++i) {
+            const std::size_t axis = op_.input_shapes[i].find(letter);
+            if (axis < static_cast<std::size_t>(inputs[i].nbDims)) {
+                size = inputs[i].d[axis];
+                return true;
+            }
+        }
+        return false;
+    }
+
+    // A product's weights in words, w, and scales, g, are those of its inputs, padded.
+    bool weights_fit(const Sizes& sizes) const noexcept {
+        const std::int64_t padded_in = (sizes['i'] + kPaddedTo - 1) / kPaddedTo * kPaddedTo;
+        return sizes['w'] * 32 == padded_in * bits_ && sizes['g'] * group_ == padded_in;
+    }
+
     bool counts_fit(std::int32_t n_inputs, std::int32_t n_outputs) const noexcept {
         return n_inputs == static_cast<std::int32_t>(op_.inputs.size()) && n_outputs == getNbOutputs();
     }
