@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Registers, spills and shared memory of every CUDA kernel, for every target that the compiler knows.
 
     tools/cuda_resources.py [--json REPORT]
@@ -76,6 +77,8 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write a report here too")
     args = parser.parse_args(words)
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json: the folder {args.json.parent} does not exist")
     if shutil.which("nvcc") is None:
         print("cuda_resources: nvcc is not there; install the CUDA toolkit", file=sys.stderr)
         return 1

@@ -4,8 +4,11 @@
 
 Needs nvcc, torch with CUDA and numpy, nothing else; goslet itself need not be installed. It builds the library for this
 GPU, holds every kernel to float64 through the C interface, replays it in a CUDA graph, measures bandwidth against
-copies of the same size, runs compute-sanitizer where it is there, and writes a report after every part. `--shim
-LIBRARY` runs the same checks on the CPU, on the kernels as the host's model of CUDA runs them.
+copies of the same size, runs compute-sanitizer where it is there, and writes a report after every part, which says
+whether it is complete. On the CPU the same checks run on the kernels as the host's model of CUDA runs them:
+
+    cmake -S csrc -B build/host -DGOSLET_BUILD_TESTS=ON && cmake --build build/host --target goslet_cuda_host
+    python3 tools/gpu_check.py --shim build/host/libgoslet_cuda_host.so --out shim.json
 
 TensorRT is not needed. Its plugins are checked like the kernels where they and their harness are given or lie in
 tools/, built where TensorRT's headers are:
@@ -239,6 +242,27 @@ def describe(torch: Any) -> dict[str, Any]:
     return found
 
 
+def open_kernels(torch: Any, library: Path, device: str) -> Kernels:
+    """The kernels of a library.
+
+    Raises:
+        OSError: it cannot be loaded.
+        RuntimeError: it is of another version, has no kernels, or they are of the other kind.
+    """
+    kernels = Kernels(torch, library, device)
+    wanted = cuda_layout().PLUGIN_VERSION
+    try:
+        found = kernels.version()
+    except AttributeError:
+        raise RuntimeError(f"{library}: there are no kernels of goslet in it (see tools/build_cuda --help)") from None
+    if found != wanted:
+        raise RuntimeError(f"{library}: is of another version (expected {wanted}, found {found}); build it again")
+    if kernels.on_host() != (device == "cpu"):
+        is_for = "the host's model of CUDA" if device != "cpu" else "a GPU"
+        raise RuntimeError(f"{library}: its kernels are for {is_for}; --shim takes the others")
+    return kernels
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -255,7 +279,18 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run it; 1 when something failed or nothing could be checked."""
-    args = arguments().parse_args(words)
+    parser = arguments()
+    args = parser.parse_args(words)
+    if args.shim is not None and args.out is None:
+        parser.error("--shim needs --out: tools/results is for what a GPU said")
+    for flag in ("library", "shim", "plugin", "harness"):
+        path = getattr(args, flag)
+        if path is not None:
+            if not path.is_file():
+                parser.error(f"--{flag}: there is no file {path}")
+            setattr(args, flag, path.resolve())  # the loader looks for a bare name in the system's folders
+    if args.out is not None and not args.out.parent.is_dir():
+        parser.error(f"--out: the folder {args.out.parent} does not exist")
     try:
         import torch
     except ModuleNotFoundError:
@@ -278,7 +313,11 @@ def main(words: list[str] | None = None) -> int:
                 report.add("build", "failed", problem=str(error))
                 report.write()
                 return 1
-        kernels = Kernels(torch, library, "cpu" if args.shim is not None else "cuda")
+        try:
+            kernels = open_kernels(torch, library, "cpu" if args.shim is not None else "cuda")
+        except (OSError, RuntimeError) as error:
+            print(f"gpu_check: {error}", file=sys.stderr)
+            return 1
         checks = Checks(kernels, report, cuda_layout(), small=args.small or args.shim is not None)
         for part in (checks.wkv4, checks.wkv6, checks.wkv7, checks.product, checks.refusals):
             run_part(report, f"checks of {part.__name__}", part)
@@ -296,7 +335,7 @@ def main(words: list[str] | None = None) -> int:
         status: sum(check["status"] == status for check in report.checks) for status in ("passed", "failed", "not run")
     }
     print(", ".join(f"{count} {status}" for status, count in counts.items()), flush=True)
-    report.write()
+    report.finish()
     return 0 if report.passed else 1
 
 
@@ -317,4 +356,8 @@ def measure(checks: Checks, quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("gpu_check: interrupted; the report is not complete", file=sys.stderr)
+        sys.exit(130)

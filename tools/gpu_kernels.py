@@ -27,12 +27,13 @@ FLOAT_SUMS = 1e-6
 
 @dataclass
 class Report:
-    """What was found, written to a file after every part."""
+    """What was found, written to a file after every part; only `finish` lets it have passed."""
 
     path: Path
     machine: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
     speeds: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False
 
     def add(self, name: str, status: str, **more: Any) -> None:
         """Note a check: passed, failed or not run."""
@@ -45,15 +46,24 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was checked and nothing failed."""
+        """Whether something was checked, nothing failed, and it came to its end."""
         found = [check["status"] for check in self.checks]
-        return "passed" in found and "failed" not in found
+        return self.complete and "passed" in found and "failed" not in found
 
     def write(self) -> None:
-        """Write the report as it stands."""
-        content = {"machine": self.machine, "passed": self.passed, "checks": self.checks, "speeds": self.speeds}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        """Write the report as it stands, whole: what ends this process leaves the last one."""
+        content = {
+            "machine": self.machine, "complete": self.complete, "passed": self.passed, "checks": self.checks,
+            "speeds": self.speeds,
+        }  # fmt: skip
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.path)
+
+    def finish(self) -> None:
+        """Write it for the last time, all parts behind it."""
+        self.complete = True
+        self.write()
 
 
 def run_part(report: Report, name: str, part: Callable[[], object]) -> None:
@@ -108,6 +118,14 @@ class Kernels:
             explain = self._library.goslet_cuda_error
             explain.restype = ctypes.c_char_p
             raise RuntimeError(f"{name}: {explain(code).decode()}")
+
+    def version(self) -> int:
+        """goslet_cuda_version; raises AttributeError where the library has none."""
+        return int(self._library.goslet_cuda_version())
+
+    def on_host(self) -> bool:
+        """Whether these are the kernels as the host's model of CUDA runs them."""
+        return hasattr(self._library, "goslet_cuda_host_order")
 
     def wkv4(
         self, kind: int, k: Any, v: Any, w: Any, u: Any, state: tuple[Any, ...], y: Any, new: tuple[Any, ...]

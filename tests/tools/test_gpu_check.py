@@ -38,7 +38,7 @@ def test_every_check_passes_on_the_host(order: int, shim: Path, tmp_path: Path) 
     finally:
         library.goslet_cuda_host_order(0)
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["passed"] is True and report["speeds"] == []
+    assert report["passed"] is True and report["complete"] is True and report["speeds"] == []
     names = [check["name"] for check in report["checks"]]
     for kernel in ("wkv4", "wkv5", "wkv6", "wkv7", "product int4", "product int8", "refusal"):
         assert sum(name.startswith(kernel) for name in names) >= 5, kernel
@@ -58,6 +58,52 @@ def test_a_wrong_kernel_fails(shim: Path, tmp_path: Path, monkeypatch: pytest.Mo
     report = json.loads((tmp_path / "r.json").read_text())
     failed = {check["name"].split()[0] for check in report["checks"] if check["status"] == "failed"}
     assert failed == {"wkv7", "product", "refusal"} and not report["passed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shim", "{shim}"], "--shim needs --out"),
+        (["--shim", "{shim}", "--out", "/nowhere/r.json"], "--out: the folder /nowhere does not exist"),
+        (["--shim", "none.so", "--out", "r.json"], "--shim: there is no file none.so"),
+        (["--plugin", "none.so"], "--plugin: there is no file none.so"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(
+    words: list[str], said: str, shim: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([word.format(shim=shim) for word in words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_library_without_kernels_or_of_another_version_is_refused(
+    shim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.so").write_text("no library")
+    monkeypatch.chdir(tmp_path)
+    assert gpu_check.main(["--shim", "text.so", "--out", "r.json"]) == 1
+    assert "text.so" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no kernels of goslet"):
+        gpu_check.open_kernels(torch, Path("libc.so.6"), "cpu")
+    monkeypatch.setattr(gpu_kernels.Kernels, "version", lambda self: 77)
+    with pytest.raises(RuntimeError, match=r"another version \(expected 1, found 77\)"):
+        gpu_check.open_kernels(torch, shim, "cpu")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="for the host's model of CUDA"):
+        gpu_check.open_kernels(torch, shim, "cuda")
+
+
+def test_a_report_has_not_passed_before_its_end(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(checks: gpu_kernels.Checks) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_kernels.Checks, "wkv6", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--shim", str(shim), "--out", str(tmp_path / "r.json")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert {check["status"] for check in report["checks"]} == {"passed"}
+    assert not report["complete"] and not report["passed"]
 
 
 def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +196,6 @@ def test_the_kernels_compile_for_every_target(repository: Path, tmp_path: Path) 
     # No device is needed to ask it for its version, nor a driver: CUDA's runtime is linked in.
     assert ctypes.CDLL(str(library)).goslet_cuda_version() == 1
     refused = subprocess.run(
-        [repository / "tools/build_cuda", tmp_path / "x.so", "42"], capture_output=True, text=True, timeout=60
+        [repository / "tools/build_cuda", tmp_path / "x.so", "999"], capture_output=True, text=True, timeout=60
     )
-    assert refused.returncode == 1 and "does not know sm_42" in refused.stderr and not (tmp_path / "x.so").exists()
+    assert refused.returncode == 1 and "does not know sm_999" in refused.stderr and not (tmp_path / "x.so").exists()

@@ -15,12 +15,23 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("tools/demo", "tools/test", "tools/check_sanitizers", "tools/check_aarch64", ".ci/run")
+SCRIPTS = (
+    "tools/demo", "tools/test", "tools/check_sanitizers", "tools/check_aarch64", "tools/check_trt_headers",
+    "tools/build_cuda", ".ci/run",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "tools/environment.sh"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_what_can_be_run_says_what_runs_it() -> None:
+    """Without a first line a shell takes a Python file for its own, where `import` may be another program."""
+    programs = [path for path in (ROOT / "tools").iterdir() if path.is_file() and os.access(path, os.X_OK)]
+    assert len(programs) > 5
+    for path in programs:
+        assert path.read_bytes().splitlines()[0] in (b"#!/usr/bin/env bash", b"#!/usr/bin/env python3"), path
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
