@@ -2,7 +2,8 @@
 
 For the GPU at hand (``local``) and for TensorRT for RTX (``rtx``, which builds on machines without a GPU for any GPU
 that it supports) the result is a plan. For a Jetson that is elsewhere (``orin``, ``thor``) it is the lowered ONNX model
-and the ``trtexec`` line that builds the plan there: TensorRT builds plans on their own device only.
+and a ``trtexec`` line that tries and times it there: TensorRT builds plans on their own device only, and goslet runs
+those that this module built.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from onnx import TensorProto
 
 from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
-from ..errors import BackendError, DependencyError, InputError, OutputError
-from ..machine import gpu
+from ..errors import BackendError, BackendUnavailableError, DependencyError, InputError, OutputError
+from ..machine import Gpu, gpu
 from ..output import check_output, output_error
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanKey, beside, installed_package, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
@@ -37,6 +38,7 @@ TARGETS = (*RUNNABLE_TARGETS, *ELSEWHERE)
 MAX_BATCH = 256
 _RUNTIMES = {"local": "tensorrt", "rtx": "tensorrt_rtx"}
 _EXTERNAL_ALIGNMENT = 4096
+_TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack has it, on no path
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,7 +54,7 @@ class PlanReport:
         tensorrt_version: what built it; empty for a model alone.
         build_s: seconds that the builder took; 0 for a model alone.
         warnings: what TensorRT warned of.
-        command: the line that builds the plan on its device; empty for a plan.
+        command: the line that tries a model on its device; empty for a plan.
     """
 
     path: Path
@@ -78,7 +80,7 @@ def build_plan(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PlanReport:
-    """Build a plan, or write what builds one on its own device.
+    """Build a plan, or for a device elsewhere write the graph.
 
     Args:
         engine: the engine file.
@@ -86,9 +88,9 @@ def build_plan(
         output: the file to write; None is the engine's name with ``.TARGET.plan`` or ``.TARGET.onnx``.
         precision: of the matrix products, f16 or bf16; the rest is float32.
         weights: ``qdq`` or ``plugin``, how 4-bit and 8-bit weights are used; None is plugin, and qdq with `plain`.
-        plugin: the library libgoslet_trt.so; None looks for it as `goslet.trt_plugin.find_plugin` does. Not needed
-            with `plain` or for a Jetson elsewhere.
-        plain: use TensorRT's own layers alone.
+        plugin: the library libgoslet_trt.so; None looks for it as `goslet.trt_plugin.find_plugin` does. For a Jetson
+            elsewhere, where it will lie there.
+        plain: use TensorRT's own layers alone, and no `plugin`.
         batch: sessions that a step moves on together.
         optimization_level: TensorRT's own, 0 to 5; None is its default.
         overwrite: replace a file that exists.
@@ -97,21 +99,26 @@ def build_plan(
     Raises:
         ContainerError: the engine is damaged.
         InputError: an argument cannot be used.
-        BackendUnavailableError: there is no plugin library.
+        BackendUnavailableError: there is no plugin library, or for ``local`` no GPU.
         DependencyError: TensorRT's Python package is not installed.
-        BackendError: TensorRT refuses the graph or cannot build it; there is no GPU for ``local``.
+        BackendError: TensorRT refuses the graph or cannot build it.
         OutputError: the output exists and `overwrite` is false, or cannot be written.
     """
-    _check_arguments(target, precision, weights, batch, optimization_level, plain)
+    _check_arguments(target, precision, weights, batch, optimization_level, plain, plugin)
     form = weights or ("qdq" if plain else "plugin")
     elsewhere = target in ELSEWHERE
     source = Path(engine)
+    if output is not None:
+        check_output(output, overwrite)  # as it was written: a Path forgets a slash at the end
     path = beside(source, f"{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
     for made in (path, _data_path(path)) if elsewhere else (path,):
         check_output(made, overwrite)
         if os.path.realpath(made) == os.path.realpath(source):
             raise OutputError("is also the engine", file=made, remedy="choose another name")
+    device = None
     if not elsewhere:
+        if target == "local":
+            device = _device()
         module = _module(target)
         if not plain:
             plugin = find_plugin(source, plugin)
@@ -126,7 +133,7 @@ def build_plan(
                 raise output_error(error, path) from error
             if elsewhere:
                 size_bytes = _publish(Path(folder), path)
-                command = _trtexec(path, plugin, plain)
+                command = _trtexec(path, plugin, plain, optimization_level)
                 return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
             request = {
                 "module": module,
@@ -136,8 +143,7 @@ def build_plan(
                 "timing_cache": f"{path}.timing" if target == "local" else None,
                 "optimization_level": optimization_level,
             }
-            result, warnings = _run_builder(request, progress or (lambda phase, done, total: None))
-            device = gpu() if target == "local" else None
+            result, warnings = _run_builder(request, Path(folder), progress or (lambda phase, done, total: None))
             key = PlanKey(
                 model_id=file.model_id,
                 weights_sha256=file.weights_sha256,
@@ -163,7 +169,13 @@ def build_plan(
 
 
 def _check_arguments(
-    target: str, precision: str, weights: str | None, batch: int, level: int | None, plain: bool
+    target: str,
+    precision: str,
+    weights: str | None,
+    batch: int,
+    level: int | None,
+    plain: bool,
+    plugin: str | os.PathLike[str] | None,
 ) -> None:
     for place, value, known in (("target", target, TARGETS), ("precision", precision, tuple(PRECISIONS))):
         if value not in known:
@@ -172,10 +184,24 @@ def _check_arguments(
         raise InputError("is not known", place="weights", expected=", ".join(WEIGHT_FORMS), found=repr(weights))
     if plain and weights == "plugin":
         raise InputError("needs the plugin library", place="weights plugin", remedy="leave out --plain or --weights")
+    if plain and plugin is not None:
+        raise InputError("is not used in a plain plan", place="plugin", remedy="leave out --plain or --plugin")
     if not 1 <= batch <= MAX_BATCH:
         raise InputError("is out of range", place="batch", expected=f"1 to {MAX_BATCH}", found=batch)
     if level is not None and not 0 <= level <= 5:
         raise InputError("is out of range", place="optimization level", expected="0 to 5", found=level)
+
+
+def _device() -> Gpu:
+    device = gpu()
+    if device is None:
+        raise BackendUnavailableError(
+            "there is no CUDA device here, for which a local plan is built",
+            place="target local",
+            remedy="build it on its device, or with --target rtx; for a Jetson that is elsewhere --target orin or thor "
+            "writes the graph",
+        )
+    return device
 
 
 def _module(target: str) -> str:
@@ -218,23 +244,28 @@ def _data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool) -> str:
-    words = ["trtexec", f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}", "--stronglyTyped"]
+def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool, level: int | None) -> str:
+    engine = path.with_suffix(".engine").name
+    words = [_TRTEXEC, f"--onnx={path.name}", f"--saveEngine={engine}", "--stronglyTyped"]
+    if level is not None:
+        words.append(f"--builderOptimizationLevel={level}")
     if not plain:
+        library = LIBRARY if plugin is None else os.fspath(plugin)
         # With a folder, or the loader would look for it in its own folders alone.
-        words.append(f"--staticPlugins={f'./{LIBRARY}' if plugin is None else os.fspath(plugin)}")
+        words.append(f"--staticPlugins={library if '/' in library else f'./{library}'}")
     return shlex.join(words)
 
 
-def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The builder's result and warnings."""
+def _run_builder(request: dict[str, Any], work: Path, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The builder's result and warnings; `work` is a folder for what it needs on the way."""
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         environment = dict(os.environ)
         libraries = importlib.util.find_spec("tensorrt_rtx_libs")
         if request["module"].startswith("tensorrt_rtx") and libraries is not None:
-            links = stack.enter_context(tempfile.TemporaryDirectory())
-            folders = [links, *_link_libraries(Path(links), libraries)]
+            links = work / "libraries"
+            links.mkdir()
+            folders = [os.path.abspath(links), *_link_libraries(links, libraries)]
             # Without an empty part, which would be the current folder.
             known = filter(None, environment.get("LD_LIBRARY_PATH", "").split(os.pathsep))
             environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, *known])
@@ -264,7 +295,10 @@ def _run_builder(request: dict[str, Any], progress: Progress) -> tuple[dict[str,
                 warnings.append(message["warning"])
             elif "error" in message:
                 raise BackendError(
-                    f"TensorRT: {message['error']}"[:1200], remedy="see the lowered graph: --target orin"
+                    f"TensorRT: {message['error']}"[:1200],
+                    remedy=f"build the library with the headers of this TensorRT: tools/build_cuda --plugin {LIBRARY}"
+                    if message.get("of_plugin")
+                    else "see the lowered graph: --target orin",
                 )
             elif "result" in message:
                 result = message["result"]

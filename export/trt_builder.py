@@ -3,8 +3,8 @@
 A builder takes gigabytes, may end its process, and TensorRT for RTX opens its own library by a name that its package
 does not have, for which the dynamic loader must know a folder before the process starts. So `goslet.export.plan`
 starts this module and reads one JSON object a line: ``{"phase", "done", "total"}`` as the work goes on,
-``{"warning"}``, and at the end ``{"result"}`` or ``{"error"}``. It imports TensorRT's Python package and nothing of
-goslet.
+``{"warning"}``, and at the end ``{"result"}`` or ``{"error", "of_plugin"}``. It imports TensorRT's Python package and
+nothing of goslet.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ def _monitor(trt: Any) -> Any:
     return Monitor()
 
 
+class PluginError(RuntimeError):
+    """The plugin library cannot be used."""
+
+
 def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build what a request describes, and write it where it says.
 
@@ -71,12 +75,14 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         RuntimeError: TensorRT says no; its own words are the message.
+        PluginError: to the plugin library.
     """
     trt = importlib.import_module(request["module"])
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if request["plugin"] is not None and builder.get_plugin_registry().load_library(request["plugin"]) is None:
-        raise RuntimeError(f"{request['plugin']} is no plugin library for this TensorRT")
+        said = "; ".join(logger.errors)[-1000:] or "it gives no reason"
+        raise PluginError(f"TensorRT does not take the plugin library {request['plugin']}: {said}")
     flags = trt.NetworkDefinitionCreationFlag
     # Version 11 knows nothing else than strongly typed networks, and may have lost the name.
     typed = getattr(flags, "STRONGLY_TYPED", None)
@@ -124,7 +130,7 @@ def main() -> int:
     except ImportError as error:
         _say(error=str(error), missing=error.name)
     except Exception as error:
-        _say(error=str(error) or type(error).__name__)
+        _say(error=str(error) or type(error).__name__, of_plugin=isinstance(error, PluginError))
     return 0
 
 

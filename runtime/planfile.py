@@ -25,7 +25,8 @@ PLAN_KIND = "TensorRT plan"
 RUNNABLE_TARGETS = ("local", "rtx")
 PRECISIONS = ("f16", "bf16")
 INSTALL = {
-    "tensorrt": "pip install tensorrt, or on a Jetson: apt install python3-libnvinfer",
+    "tensorrt": "pip install tensorrt; on a Jetson: apt install python3-libnvinfer, and an environment that sees the "
+    "system's packages (tools/jetson/README.md)",
     "tensorrt_rtx": "pip install tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings",
 }
 PACKAGES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}

@@ -385,7 +385,8 @@ def tokenizer_from_file(path: Path) -> Tokenizer:
         "is not a tokenizer that goslet knows",
         file=path,
         expected="a World vocabulary (.txt) or tokenizer.json (.json)",
-        found=suffix or "no suffix",
+        found=suffix or "a name without an ending",
+        remedy="world and bytes are names of tokenizers that goslet has",
     )
 
 

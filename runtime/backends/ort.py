@@ -56,13 +56,12 @@ class OrtBackend(Backend):
 
     name = "ort"
     in_place = False
+    install: ClassVar[str] = "pip install 'goslet[ort]'"
     provider: ClassVar[tuple[str, dict[str, str]]] = ("CPUExecutionProvider", {})
 
     def __init__(self, file: EngineFile, threads: int | None = None, *, exact: bool = False) -> None:
         if importlib.util.find_spec("onnxruntime") is None:
-            raise DependencyError(
-                "the ort backend needs ONNX Runtime", place="backend ort", remedy="pip install 'goslet[ort]'"
-            )
+            raise DependencyError("the ort backend needs ONNX Runtime", place="backend ort", remedy=self.install)
         # Since 1.32 it would note every run in the user's home folder and send it to its maker; only this stops it.
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime

@@ -22,8 +22,6 @@ from .ort import AlternatingStepper, OrtBackend
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
 
-_INSTALL = "pip install onnxruntime-gpu in place of onnxruntime, or use device cpu"
-
 
 class OrtCudaBackend(OrtBackend):
     """ONNX Runtime's CUDA provider on an engine's step graph.
@@ -41,6 +39,8 @@ class OrtCudaBackend(OrtBackend):
     # With TF32 a product would keep three digits.
     provider: ClassVar[tuple[str, dict[str, str]]] = ("CUDAExecutionProvider", {"use_tf32": "0"})
     device = "cuda"
+    # There are none for Jetsons on PyPI.
+    install = "pip install onnxruntime-gpu in place of onnxruntime, or use device cpu, or on a Jetson backend trt"
 
     def __init__(self, file: EngineFile, threads: int | None = None) -> None:
         super().__init__(file, threads)
@@ -60,7 +60,7 @@ class OrtCudaBackend(OrtBackend):
                 "this ONNX Runtime has no CUDA provider",
                 place="device cuda",
                 found=", ".join(available),
-                remedy=_INSTALL,
+                remedy=self.install,
             )
 
     def activation_rounding(self, weight: WeightFormat) -> Rounding | None:

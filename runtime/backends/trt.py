@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import shlex
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +24,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cuda_layout import PLUGIN_VERSION
 from ..errors import BackendError, BackendUnavailableError, DependencyError, first_line
 from ..machine import gpu
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanFile, installed_package, plan_path
 from ..spec import EMBEDDING, StateSpec
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
-from ..trt_plugin import find_plugin, plugin_version
+from ..trt_plugin import LIBRARY, find_plugin
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Backend, Rounding, Stepper, check_embedding
 from .cuda_driver import CudaError, DeviceMemory, Driver, Graph, PinnedMemory, Stream
@@ -60,13 +63,13 @@ class TrtBackend(Backend):
     in_place = True
 
     def __init__(self, file: EngineFile) -> None:
+        self._driver = Driver()  # first: without a device neither a plan nor TensorRT would help
         path = _find_plan(Path(file.path))
         with PlanFile(path) as plan:
             key = plan.key
             plan.check(model_id=file.model_id, weights_sha256=file.weights_sha256, batch=1)
             trt = _import(key.runtime, path)
             plan.check(tensorrt_version=trt.__version__)
-            self._driver = Driver()
             device = gpu()
             if device is not None:
                 plan.check(capability=device.capability, device=device.name)
@@ -82,7 +85,7 @@ class TrtBackend(Backend):
                 ) from error
             if key.plugin_version:
                 library = find_plugin(Path(file.path))
-                plan.check(plugin_version=plugin_version(library))
+                plan.check(plugin_version=PLUGIN_VERSION)
                 if self._runtime.get_plugin_registry().load_library(str(library)) is None:
                     raise BackendUnavailableError(
                         "is no plugin library for this TensorRT",
@@ -366,7 +369,8 @@ def _find_plan(engine: Path) -> Path:
         "there is no TensorRT plan for this engine",
         file=engine,
         expected=" or ".join(path.name for path in paths),
-        remedy=f"build one on this device: goslet plan {engine.name} --target local",
+        remedy="build one on this device: "
+        + shlex.join(["goslet", "plan", os.fspath(engine), "--target", "local", "--plugin", LIBRARY]),
     )
 
 

@@ -165,6 +165,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         f"{report.path}: {readable_size(report.size_bytes)}, {report.bits_per_weight:.2f} bits per weight, "
         f"made in {report.duration_s:.1f} s"
     )
+    if args.onnx is not None:
+        console.note(f"{args.onnx}: the step as ONNX, with its weights")
     if report.tokenizer_kind is None:
         suggestion = SUGGESTED_TOKENIZERS.get(report.spec.vocab_size)
         if suggestion is not None:

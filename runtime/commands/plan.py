@@ -1,7 +1,8 @@
 """Build a TensorRT plan from an engine.
 
 On the GPU that it is for (local), or with TensorRT for RTX on any machine (rtx). For a Jetson elsewhere (orin, thor) it
-writes the graph as ONNX and shows the trtexec line that builds the plan there.
+writes the graph as ONNX and shows a trtexec line that tries and times it there; the plan that goslet runs is built on
+the Jetson, by `goslet plan --target local`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 
 from ..errors import DependencyError
 from .console import Console, readable_size
-from .flags import whole_number
+from .flags import UsageError, whole_number
 
 NAME = "plan"
 SUMMARY = "build a TensorRT plan from an engine"
@@ -20,7 +21,7 @@ TARGETS = ("local", "rtx", "orin", "thor")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("engine", metavar="ENGINE", help="an engine file, from goslet export")
-    parser.add_argument("--target", choices=TARGETS, required=True, help="what the plan is for")
+    parser.add_argument("--target", choices=TARGETS, help="what the plan is for; there is no default")
     parser.add_argument(
         "-o", "--output", metavar="OUT", help="the file to write (default: ENGINE.TARGET.plan, or .onnx for a Jetson)"
     )
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin",
         metavar="LIB",
-        help="libgoslet_trt.so, with our kernels (default: what GOSLET_TRT_PLUGIN names, or beside ENGINE)",
+        help="libgoslet_trt.so, with our kernels (default: what GOSLET_TRT_PLUGIN names, or beside ENGINE); "
+        "for a Jetson elsewhere, where it lies there",
     )
     parser.add_argument("--plain", action="store_true", help="do without it: TensorRT's own layers alone")
     parser.add_argument(
@@ -51,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
+    if args.target is None:
+        raise UsageError(f"--target is missing (expected {', '.join(TARGETS)})")
     try:
         from ..export.plan import build_plan
     except ModuleNotFoundError as error:
@@ -77,9 +81,11 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         console.note(f"TensorRT: {warning}")
     if report.command:
         console.note(
-            f"{report.path}: {readable_size(report.size_bytes)} of ONNX, {report.plugin_layers} layers for plugins; "
-            "a plan is built on its own device: goslet plan --target local there; to try the model with TensorRT alone:"
+            f"{report.path} and {report.path.name}.data: {readable_size(report.size_bytes)} of ONNX, "
+            f"{report.plugin_layers} layers for plugins"
         )
+        console.note("the plan that goslet runs is built on the Jetson: goslet plan ENGINE --target local")
+        console.note("with both files there, this tries and times the graph without goslet:")
         console.line(report.command)
     else:
         console.note(

@@ -26,7 +26,7 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
 
-from goslet import cli, planfile  # noqa: E402
+from goslet import cli, planfile, trt_plugin  # noqa: E402
 from goslet.backends.ort import OrtBackend  # noqa: E402
 from goslet.commands import plan as plan_command  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
@@ -41,6 +41,7 @@ from goslet.errors import (  # noqa: E402
 from goslet.export import export_engine, plan  # noqa: E402
 from goslet.export.models import matrix_state, rwkv4, rwkv7  # noqa: E402
 from goslet.export.trt_graph import lower, plugin_nodes  # noqa: E402
+from goslet.machine import Gpu  # noqa: E402
 from goslet.session import Engine  # noqa: E402
 from goslet.weights import decode  # noqa: E402
 
@@ -286,10 +287,10 @@ def test_the_command_writes_onnx_and_a_line_for_a_jetson(
     assert cli.main(["plan", str(engines("7", "int4")), "--target", "orin", "-o", "my model.onnx"]) == 0
     said = capsys.readouterr()
     assert said.out == (
-        "trtexec '--onnx=my model.onnx' '--saveEngine=my model.engine' --stronglyTyped "
+        "/usr/src/tensorrt/bin/trtexec '--onnx=my model.onnx' '--saveEngine=my model.engine' --stronglyTyped "
         "--staticPlugins=./libgoslet_trt.so\n"
     )
-    assert "on its own device" in said.err
+    assert "my model.onnx and my model.onnx.data: " in said.err and "goslet plan ENGINE --target local" in said.err
     model = onnx.load("my model.onnx")  # with its weights, by the name that they have now
     assert not model.functions and len(plugin_nodes(model)) > 3
     assert sorted(os.listdir()) == ["my model.onnx", "my model.onnx.data"]
@@ -354,6 +355,12 @@ def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkey
         "precision": ({"target": "orin", "precision": "f8"}, InputError, "bf16"),
         "weights": ({"target": "orin", "weights": "both"}, InputError, "qdq"),
         "plain with our weights": ({"target": "orin", "weights": "plugin", "plain": True}, InputError, "plain"),
+        "plain with a library": (
+            {"target": "orin", "plain": True, "plugin": "x.so"},
+            InputError,
+            "--plain or --plugin",
+        ),
+        "a folder": ({"target": "orin", "output": f"{tmp_path}/x/"}, OutputError, "names a folder"),
         "no sessions": ({"target": "orin", "batch": 0}, InputError, "256"),
         "level": ({"target": "orin", "optimization_level": 6}, InputError, "0 to 5"),
         "a folder that is not there": ({"target": "orin", "output": tmp_path / "no/x.onnx"}, OutputError, "folder"),
@@ -364,11 +371,18 @@ def test_arguments_that_cannot_be_used(engines: _Engines, tmp_path: Path, monkey
     monkeypatch.setattr(
         planfile, "PACKAGES", {"tensorrt": ("no_such_tensorrt",), "tensorrt_rtx": ("no_such_tensorrt",)}
     )
+    monkeypatch.setattr(plan, "gpu", lambda: None)
+    with pytest.raises(BackendUnavailableError, match=r"no CUDA device here.*--target rtx"):
+        plan.build_plan(path, target="local")
+    monkeypatch.setattr(plan, "gpu", lambda: Gpu("Orin", "8.7"))
     with pytest.raises(DependencyError, match="apt install python3-libnvinfer"):
         plan.build_plan(path, target="local")
     monkeypatch.setattr(planfile, "PACKAGES", {"tensorrt": ("json",), "tensorrt_rtx": ("json",)})
-    with pytest.raises(BackendUnavailableError, match="tools/build_cuda --plugin"):
+    with pytest.raises(BackendUnavailableError, match=r"plugin: .*no file .*none\.so.*tools/build_cuda --plugin"):
         plan.build_plan(path, target="rtx", plugin=tmp_path / "none.so", output=tmp_path / "x.plan")
+    monkeypatch.setattr(trt_plugin, "plugin_version", lambda library: 7)
+    with pytest.raises(BackendUnavailableError, match=r"another version \(expected 1, found 7\).*tools/build_cuda"):
+        plan.build_plan(path, target="rtx", plugin=path, output=tmp_path / "x.plan")
     assert plan_command.TARGETS == plan.TARGETS
     assert list(tmp_path.iterdir()) == []
 
@@ -398,11 +412,27 @@ def test_a_builder_that_fails_is_one_line_and_no_file(
 
 
 @needs_rtx
-def test_a_file_that_is_no_plugin_library(engines: _Engines, tmp_path: Path) -> None:
+def test_a_file_that_is_no_plugin_library(engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the graph is lowered; and where only TensorRT refuses it, TensorRT's reason is told."""
     (tmp_path / "lib.so").write_text("nothing")
-    with pytest.raises(BackendError, match=r"lib\.so"):
-        plan.build_plan(engines("7", "int4"), target="rtx", plugin=tmp_path / "lib.so", output=tmp_path / "x.plan")
+    arguments: dict[str, Any] = {"target": "rtx", "plugin": tmp_path / "lib.so", "output": tmp_path / "x.plan"}
+    with pytest.raises(BackendUnavailableError, match=r"lib\.so: cannot be loaded as a plugin library: .*too short"):
+        plan.build_plan(engines("7", "int4"), **arguments)
+    monkeypatch.setattr(trt_plugin, "plugin_version", lambda library: 1)
+    with pytest.raises(BackendError, match=r"lib\.so: .*too short.*tools/build_cuda --plugin"):
+        plan.build_plan(engines("7", "int4"), **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["lib.so"]
+
+
+def test_the_line_for_a_jetson_names_a_library_by_its_path(engines: _Engines, tmp_path: Path) -> None:
+    def line(**more: Any) -> str:
+        return plan.build_plan(
+            engines("7", "int4"), target="orin", output=tmp_path / "x.onnx", overwrite=True, **more
+        ).command
+
+    assert line(plugin="lib.so").endswith(" --staticPlugins=./lib.so")
+    assert line(plugin="/opt/lib.so").endswith(" --staticPlugins=/opt/lib.so")
+    assert line(plain=True, optimization_level=3).endswith(" --stronglyTyped --builderOptimizationLevel=3")
 
 
 KEY = planfile.PlanKey("m", "w", "local", "tensorrt", "10.3.0", "Orin", "8.7", 1, "f16", "plugin", 1)

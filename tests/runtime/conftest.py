@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from programs import build_csrc
 
 import goslet
 from goslet import cli
+from goslet.commands import console
 
 from . import capi
 from .command_line import Outcome, Run
@@ -19,6 +21,7 @@ from .command_line import Outcome, Run
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in this process, with `stdin` piped in."""
+    monkeypatch.setattr(console, "_LINE_S", math.inf)  # what it says must not depend on how long it takes
 
     def run_command(*words: object, stdin: bytes = b"") -> Outcome:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))

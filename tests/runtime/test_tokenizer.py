@@ -373,7 +373,7 @@ class TestBadVocabularies:
             ("none.txt", lambda path: None, "cannot be read: No such file"),
             ("folder.json", Path.mkdir, "cannot be read: Is a directory"),
             ("model.bin", Path.touch, "not a tokenizer that goslet knows.*found .bin"),
-            ("model", Path.touch, "found no suffix"),
+            ("model", Path.touch, "found a name without an ending"),
             ("large.json", lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 1 << 40), "too large"),
         ],
     )

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import goslet
-from goslet import benchmark, planfile
-from goslet.backends import cuda_driver, trt
+from goslet import benchmark, planfile, trt_plugin
+from goslet.backends import cuda_driver
 from goslet.enginefile import EngineFile
 from goslet.errors import BackendError, BackendUnavailableError, ContainerError, DependencyError, GosletError
 
@@ -400,16 +400,25 @@ def test_a_plugin_library_is_found_checked_and_loaded(
     _, tensorrt.in_place = write_fake_plan(path, plugin_version=1)
     library = tmp_path / "libgoslet_trt.so"
     library.write_text("no library")
-    with pytest.raises(BackendUnavailableError, match=r"libgoslet_trt\.so: cannot be loaded"):
+    with pytest.raises(BackendUnavailableError, match=r"libgoslet_trt\.so: cannot be loaded as a plugin library"):
         goslet.open(path, backend="trt")
-    monkeypatch.setattr(trt, "plugin_version", lambda found: 2 if found == library else 1)
-    with pytest.raises(BackendUnavailableError, match=r"version of the plugins.*expected 2, found 1"):
+    monkeypatch.setattr(trt_plugin, "plugin_version", lambda found: 2 if found == library else 1)
+    # A library and a plan that are of different versions: which of the two is old, the one of another goslet.
+    with pytest.raises(
+        BackendUnavailableError, match=r"libgoslet_trt\.so: is a plugin library of another version.*1.*2"
+    ):
         goslet.open(path, backend="trt")
     named = tmp_path / "elsewhere.so"
     monkeypatch.setenv("GOSLET_TRT_PLUGIN", str(named))
     with pytest.raises(BackendUnavailableError, match=r"GOSLET_TRT_PLUGIN: .*no file .*elsewhere\.so"):
         goslet.open(path, backend="trt")
     named.write_text("another")
+    write_fake_plan(path, plugin_version=7)
+    with pytest.raises(
+        BackendUnavailableError, match=r"another version of the plugins.*expected 1, found 7.*goslet plan"
+    ):
+        goslet.open(path, backend="trt")
+    write_fake_plan(path, plugin_version=1)
     with goslet.open(path, backend="trt") as engine:
         assert engine.session().feed(TOKENS).shape == (256,)
     tensorrt.loads_plugins = False
@@ -421,12 +430,16 @@ def test_machines_that_lack_something(
     path: Path, machine: tuple[FakeCuda, FakeTensorRT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda, _ = machine
-    with pytest.raises(BackendUnavailableError, match=r"no TensorRT plan.*goslet plan tiny.goslet --target local"):
+    with pytest.raises(BackendUnavailableError, match=r"no TensorRT plan.*goslet plan /\S+/tiny.goslet --target local"):
         goslet.open(path, backend="trt")
     write_fake_plan(path)
     monkeypatch.setattr(machine[1], "Runtime", lambda logger: logger.log(fake_gpu.Named("ERROR"), "error: 35") or 1 / 0)
     with pytest.raises(BackendUnavailableError, match=r"does not start.*error: 35"):
         goslet.open(path, backend="trt")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "tensorrt")
+        with pytest.raises(DependencyError, match="python3-libnvinfer"):
+            goslet.open(path, backend="trt")
     cuda.fail["cuInit"] = (0, 3)
     with pytest.raises(BackendUnavailableError, match="CUDA_ERROR_NOT_INITIALIZED"):
         goslet.open(path, backend="trt")
@@ -439,9 +452,6 @@ def test_machines_that_lack_something(
 
     monkeypatch.setattr(cuda_driver, "open_library", no_library)
     with pytest.raises(BackendUnavailableError, match=r"no CUDA driver.*backend native"):
-        goslet.open(path, backend="trt")
-    monkeypatch.delitem(sys.modules, "tensorrt")
-    with pytest.raises(DependencyError, match="python3-libnvinfer"):
         goslet.open(path, backend="trt")
 
 
