@@ -49,7 +49,11 @@ class Elsewhere(abc.ABC):
 
     @abc.abstractmethod
     def tokens_seen(self) -> int:
-        """The token count of the state that is there; for a state that is ahead."""
+        """The token count of the state that is there; for a state that is ahead.
+
+        Raises:
+            BackendError: it cannot be read.
+        """
 
     @abc.abstractmethod
     def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import time
 import weakref
 from collections.abc import Callable
@@ -161,6 +162,16 @@ class Stream:
         Raises:
             CudaError: it holds something that cannot be captured.
         """
+        # A garbage collection may free memory of the device, which ends a capture of the same thread.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self._captured(work)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _captured(self, work: Callable[[], None]) -> Graph:
         self._driver.call("cuStreamBeginCapture_v2", self._handle, ctypes.c_int(_CAPTURE_OF_THIS_THREAD))
         captured = ctypes.c_void_p()
         try:

@@ -12,7 +12,6 @@ States that one of our plugins updates have one address for input and output; th
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import shlex
@@ -122,6 +121,7 @@ class TrtBackend(Backend):
         """
         try:
             self._driver.activate()
+            self._logger.take()  # of another time
             context = self._engine.create_execution_context()
             if context is None:
                 raise BackendError(
@@ -130,7 +130,7 @@ class TrtBackend(Backend):
                     remedy="free some of the device's memory, or use fewer sessions",
                 )
             return _TrtStepper(
-                self._driver, context, self._embedding, sum(self._spec.input_sizes), state, self._in_place
+                self._driver, context, self._logger, self._embedding, sum(self._spec.input_sizes), state, self._in_place
             )
         except CudaError as error:
             raise BackendError(
@@ -147,9 +147,11 @@ class TrtBackend(Backend):
         for row, stepper in enumerate(own):
             try:
                 stepper.feed(tokens[row : row + 1], logits[row : row + 1])
-            except BackendError:
-                for other in own[:row]:
-                    other.go_back()
+            except BackendError as error:
+                # All of them go back before any of them is heard.
+                for lost in [other.go_back() for other in own[:row]]:
+                    if lost is not None:
+                        raise lost from error
                 raise
 
 
@@ -172,6 +174,7 @@ class _TrtStepper(Stepper, Elsewhere):
         self,
         driver: Driver,
         context: Any,
+        logger: Any,
         embedding: EncodedWeight,
         n_input: int,
         state: State,
@@ -179,6 +182,7 @@ class _TrtStepper(Stepper, Elsewhere):
     ) -> None:
         self._driver = driver
         self._context = context
+        self._logger = logger
         self._embedding = embedding
         # The state holds this, and a circle would keep the device's memory until the next garbage collection.
         self._state: State = weakref.proxy(state)
@@ -226,7 +230,9 @@ class _TrtStepper(Stepper, Elsewhere):
                 addresses[f"state_out.{name}"] = place
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"TensorRT does not take an address for {name}", remedy=_REBUILD)
+                raise BackendError(
+                    f"TensorRT does not take an address for {name}", found=self._logger.take(), remedy=_REBUILD
+                )
 
     def _capture(self) -> Graph:
         """The step as a graph. TensorRT sets itself up in a first run; it and the pool it leaves are not the session's,
@@ -240,7 +246,7 @@ class _TrtStepper(Stepper, Elsewhere):
         stream, base = self._stream, self._pinned.address
         stream.to_device(self._x.address, base + self._offset(self._host_x), self._host_x.nbytes)
         if not self._context.execute_async_v3(stream.handle):
-            raise BackendError("TensorRT refuses to run the plan", remedy=_REBUILD)
+            raise BackendError("TensorRT refuses to run the plan", found=self._logger.take(), remedy=_REBUILD)
         for target, source, size_bytes in self._copies:
             stream.on_device(target, source, size_bytes)
         count = self._pool.address + self._layout.count_offset
@@ -291,8 +297,7 @@ class _TrtStepper(Stepper, Elsewhere):
             self._driver.activate()
             self._stream.synchronize()
         except CudaError as error:
-            self._lost(error)
-            return self._state.tokens_seen
+            raise self._failed(error, "the token count", "the session is as it was; try again") from error
         return int(self._seen_count[0])
 
     def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:
@@ -301,7 +306,7 @@ class _TrtStepper(Stepper, Elsewhere):
             self._stream.to_host(self._pinned.address, self._pool.address, self._layout.size_bytes)
             self._stream.synchronize()
         except CudaError as error:
-            raise self._lost(error) from error
+            raise self._failed(error, "the state", "the session is as it was; try again") from error
         for name, view in tensors.items():
             view[...] = self._host_views[name]
         count[0] = self._host_count[0]
@@ -323,30 +328,34 @@ class _TrtStepper(Stepper, Elsewhere):
         except CudaError as error:
             raise self._failed(error, "this batch") from error
 
-    def go_back(self) -> None:
-        """Let the state be the one that `remember` kept."""
+    def go_back(self) -> BackendError | None:
+        """Let the state be the one that `remember` kept; where the device fails at that too, what is to be raised."""
         assert self._remembered is not None
         count_offset = self._layout.count_offset
-        with contextlib.suppress(CudaError):  # a device that fails now has its own end, at the next use
+        try:
             self._stream.on_device(self._pool.address, self._remembered.address, self._layout.size_bytes)
             self._stream.to_host(
                 self._pinned.address + self._offset(self._seen_count), self._pool.address + count_offset, _COUNT_BYTES
             )
             self._stream.synchronize()
+        except CudaError as error:
+            return self._lost(error, "this batch")
+        self.steps += 1  # for a thread that has fetched what is taken back
+        return None
 
-    def _failed(self, error: CudaError, place: str) -> BackendError:
+    def _failed(
+        self, error: CudaError, place: str, remedy: str = "the session's state is as it was before this token"
+    ) -> BackendError:
+        """What to raise: the device may only have refused a call, or be gone, and with it what it alone knew."""
         try:
+            self._driver.activate()
             self._stream.synchronize()
         except CudaError:
             return self._lost(error, place)
-        return BackendError(
-            f"the CUDA device refuses a step: {error}",
-            place=place,
-            remedy="the session's state is as it was before this token",
-        )
+        return BackendError(f"the CUDA device refuses a call: {error}", place=place, remedy=remedy)
 
-    def _lost(self, error: CudaError, place: str | None = None) -> BackendError:
-        """The device is gone, and with it what only the device knew: the host's older state is the session's again."""
+    def _lost(self, error: CudaError, place: str) -> BackendError:
+        """The host's older state is the session's again."""
         self.steps_fetched = self.steps
         return BackendError(
             f"the CUDA device failed: {error}",

@@ -49,6 +49,7 @@ class FakeCuda:
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], object]] = {}  # a function: what happens before its next call
         self.fail: dict[str, tuple[int, int]] = {}  # a function: how many calls of it go well before one fails, and how
+        self.broken_captures = 0
         self.dead = 0  # the code that everything returns since the device failed
         self._threads = threading.local()
         self._device = threading.RLock()
@@ -108,6 +109,8 @@ class FakeCuda:
         address._obj.value = self._allocate("pinned", size.value)
 
     def _cuMemFree_v2(self, address: ctypes.c_uint64) -> None:
+        if self.capturing:
+            self.broken_captures += 1
         assert self.memory.pop(address.value)[0] == "device"
 
     def _cuMemFreeHost(self, address: ctypes.c_void_p) -> None:
@@ -236,19 +239,20 @@ class FakeTensorRT(types.ModuleType):
                     self.logger.log(Named("WARNING"), "never shown")
                     self.logger.log(Named("ERROR"), "magicTag does\nnot match")
                     return None
-                return _FakeEngine(outer, bytes(plan))
+                return _FakeEngine(outer, self.logger, bytes(plan))
 
         self.ILogger, self.Runtime = ILogger, Runtime
 
 
 class _FakeEngine:
-    def __init__(self, module: FakeTensorRT, model: bytes) -> None:
+    def __init__(self, module: FakeTensorRT, logger: Any, model: bytes) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.intra_op_num_threads = 1
         self.module = module
+        self.logger = logger
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = [value.name for value in self.session.get_inputs()]
@@ -284,6 +288,7 @@ class _FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         module = self.engine.module
         if module.refuses_to_run:
+            self.engine.logger.log(Named("ERROR"), "no kernel image")
             return False
         assert stream not in module.cuda.capturing or self.runs, "captured before a first run"
         self.runs += 1

@@ -280,6 +280,123 @@ def test_a_device_that_dies_before_its_state_is_read(
     assert all(np.array_equal(view, np.zeros_like(view)) for view in session.state.front.values())
 
 
+def test_a_call_that_fails_once_loses_nothing(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    cuda, _ = machine
+    session, other = engine.session(), engine.session()
+    other.feed(TOKENS)
+    session.feed(TOKENS)
+    cuda.fail["cuStreamSynchronize"] = (0, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match=r"token count: .*OUT_OF_MEMORY.*as it was; try again"):
+        _ = session.tokens_seen
+    cuda.fail["cuMemcpyDtoHAsync_v2"] = (0, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match=r"the state: .*OUT_OF_MEMORY.*as it was; try again"):
+        _ = session.state.front
+    assert session.tokens_seen == len(TOKENS)
+    np.testing.assert_array_equal(session.feed([7]), other.feed([7]))
+    machine[0].dead = ILLEGAL_ADDRESS
+    with pytest.raises(BackendError, match=r"ILLEGAL_ADDRESS.*back at token 0"):
+        _ = session.tokens_seen
+    assert session.tokens_seen == 0
+
+
+def test_a_batch_that_fails_moves_nobody_whose_state_was_read_meanwhile(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    cuda, _ = machine
+    sessions = [engine.session() for _ in range(2)]
+    for session in sessions:
+        session.feed(TOKENS[:2])
+    before = states(sessions[0])
+
+    def read_it_before_the_next() -> None:
+        cuda.before["cuGraphLaunch"] = lambda: sessions[0].state.front
+
+    cuda.before["cuGraphLaunch"] = read_it_before_the_next
+    cuda.fail["cuGraphLaunch"] = (1, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        engine.step_batch(sessions, [3, 4])
+    assert [session.tokens_seen for session in sessions] == [2, 2]
+    for name, view in sessions[0].state.front.items():
+        np.testing.assert_array_equal(view, before[name])
+
+
+def test_a_batch_begins_with_the_state_that_a_session_has_on_the_host(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT], tmp_path: Path
+) -> None:
+    """Fresh, loaded or reset: a failing batch goes back to that, and a good one goes on from it."""
+    cuda, _ = machine
+    fresh, loaded, reset, last = (engine.session() for _ in range(4))
+    for session in (loaded, reset, last):
+        session.feed(TOKENS)
+    loaded.save(tmp_path / "x.state")
+    loaded.feed([9, 9])
+    loaded.load(tmp_path / "x.state")
+    reset.reset()
+    sessions = [fresh, loaded, reset, last]
+    before = [states(session) for session in sessions]
+    cuda.fail["cuGraphLaunch"] = (3, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        engine.step_batch(sessions, [1, 2, 3, 4])
+    assert [session.tokens_seen for session in sessions] == [0, len(TOKENS), 0, len(TOKENS)]
+    for session, expected in zip(sessions, before, strict=True):
+        for name, view in session.state.front.items():
+            np.testing.assert_array_equal(view, expected[name])
+    alone = engine.session()
+    alone.load(tmp_path / "x.state")
+    np.testing.assert_array_equal(engine.step_batch(sessions, [1, 2, 3, 4])[1], alone.feed([2]))
+
+
+def test_a_batch_whose_taking_back_fails_says_where_a_session_is(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    cuda, _ = machine
+    sessions = [engine.session() for _ in range(2)]
+    for session in sessions:
+        session.feed(TOKENS[:2])
+    _ = sessions[0].state.front, sessions[1].state.front
+
+    def fail_to_copy() -> None:
+        cuda.fail["cuMemcpyDtoDAsync_v2"] = (0, OUT_OF_MEMORY)
+
+    def before_the_second() -> None:
+        cuda.before["cuGraphLaunch"] = fail_to_copy
+
+    cuda.before["cuGraphLaunch"] = before_the_second
+    cuda.fail["cuGraphLaunch"] = (1, OUT_OF_MEMORY)
+    with pytest.raises(BackendError, match=r"back at token 2"):
+        engine.step_batch(sessions, [3, 4])
+    assert [session.tokens_seen for session in sessions] == [2, 2]
+
+
+def test_garbage_is_not_collected_within_a_capture(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    """Memory of the device that is freed then, by a circle that nobody holds, would end the capture."""
+    cuda, tensorrt = machine
+
+    class Circle:
+        def __init__(self) -> None:
+            self.memory = cuda_driver.DeviceMemory(engine.backend._driver, 256)  # type: ignore[attr-defined]
+            self.own = self
+
+    Circle()
+    queue = cuda._cuMemcpyHtoDAsync_v2
+    threshold = gc.get_threshold()
+
+    def collecting(*arguments: Any) -> None:
+        if cuda.capturing:
+            gc.set_threshold(1)
+            _ = [[] for _ in range(100)]  # as many objects start a collection, if any is started
+        queue(*arguments)
+
+    tensorrt.cuda._cuMemcpyHtoDAsync_v2 = collecting  # type: ignore[method-assign]
+    try:
+        engine.session()
+    finally:
+        gc.set_threshold(*threshold)
+    assert gc.isenabled() and not cuda.broken_captures
+
+
 def test_a_batch_that_fails_moves_nobody(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
     sessions = [engine.session() for _ in range(3)]
     for index, session in enumerate(sessions):
@@ -315,7 +432,7 @@ def test_a_session_that_does_not_fit_is_one_error(
 
 def test_a_plan_that_does_not_run(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
     machine[1].refuses_to_run = True
-    with pytest.raises(BackendError, match=r"refuses to run.*goslet plan ENGINE"):
+    with pytest.raises(BackendError, match=r"refuses to run.*no kernel image.*goslet plan ENGINE"):
         engine.session()
     machine[1].refuses_to_run, machine[1].refuses_contexts = False, True
     with pytest.raises(BackendError, match=r"context.*fewer sessions"):
