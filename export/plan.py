@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from onnx import TensorProto
 
@@ -28,7 +28,7 @@ from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
 from ..errors import BackendError, BackendUnavailableError, DependencyError, InputError, OutputError
 from ..machine import Gpu, gpu
-from ..output import check_output, output_error
+from ..output import atomic_write, check_output, output_error
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanKey, beside, installed_package, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
 from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
@@ -111,6 +111,8 @@ def build_plan(
     if output is not None:
         check_output(output, overwrite)  # as it was written: a Path forgets a slash at the end
     path = beside(source, f"{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
+    if elsewhere:
+        _check_name(_data_path(path))
     for made in (path, _data_path(path)) if elsewhere else (path,):
         check_output(made, overwrite)
         if os.path.realpath(made) == os.path.realpath(source):
@@ -125,25 +127,29 @@ def build_plan(
     with EngineFile.open(source) as file:
         lowered = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
         n_plugin_nodes, in_place = len(plugin_nodes(lowered.model)), in_place_states(lowered.model)
+        if elsewhere:
+            size_bytes = _write_model(lowered, path, overwrite)
+            command = _trtexec(path, plugin, plain, optimization_level)
+            return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
         with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
-            graph_file = Path(folder) / "model.onnx"
+            # The builder works in that folder, so that TensorRT meets no name but these: its own must be UTF-8.
+            work = Path(folder)
             try:
-                _save(lowered, graph_file, path.name if elsewhere else graph_file.name)
+                with (work / "model.onnx.data").open("wb") as data:
+                    (work / "model.onnx").write_bytes(_save(lowered, data, "model.onnx.data"))
             except OSError as error:
                 raise output_error(error, path) from error
-            if elsewhere:
-                size_bytes = _publish(Path(folder), path)
-                command = _trtexec(path, plugin, plain, optimization_level)
-                return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
+            if not plain:
+                (work / LIBRARY).symlink_to(os.path.realpath(plugin or LIBRARY))
             request = {
                 "module": module,
-                "onnx": str(graph_file),
-                "output": str(Path(folder) / "plan"),
-                "plugin": None if plain else str(plugin),
-                "timing_cache": f"{path}.timing" if target == "local" else None,
+                "onnx": "model.onnx",
+                "output": "plan",
+                "plugin": None if plain else f"./{LIBRARY}",
+                "timing_cache": os.path.abspath(f"{path}.timing") if target == "local" else None,
                 "optimization_level": optimization_level,
             }
-            result, warnings = _run_builder(request, Path(folder), progress or (lambda phase, done, total: None))
+            result, warnings = _run_builder(request, work, plugin, progress or (lambda phase, done, total: None))
             key = PlanKey(
                 model_id=file.model_id,
                 weights_sha256=file.weights_sha256,
@@ -158,7 +164,7 @@ def build_plan(
                 batch=batch,
             )
             with (
-                (Path(folder) / "plan").open("rb") as built,
+                (work / "plan").open("rb") as built,
                 mmap.mmap(built.fileno(), 0, access=mmap.ACCESS_READ) as content,
                 memoryview(content) as plan,
             ):
@@ -192,6 +198,15 @@ def _check_arguments(
         raise InputError("is out of range", place="optimization level", expected="0 to 5", found=level)
 
 
+def _check_name(path: Path) -> None:
+    try:
+        path.name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise OutputError(
+            "is no UTF-8, and an ONNX model cannot name such a file", file=path, remedy="choose another name: -o"
+        ) from None
+
+
 def _device() -> Gpu:
     device = gpu()
     if device is None:
@@ -212,31 +227,46 @@ def _module(target: str) -> str:
     return name
 
 
-def _save(lowered: Lowered, path: Path, published_as: str) -> None:
-    """Write a model and, in a file that is named after it, its weights: an ONNX file ends at 2 GiB."""
-    name = f"{published_as}.data"
+def _save(lowered: Lowered, file: BinaryIO, name: str) -> bytes:
+    """Write the weights to a file of this name; the model that reads them there. An ONNX file itself ends at 2 GiB."""
     model = lowered.model
-    with (path.parent / name).open("wb") as file:
-        for tensor in model.graph.initializer:
-            if tensor.name in lowered.weights:
-                file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
-                offset, data = file.tell(), lowered.weights[tensor.name]()
-                file.write(data)
-                tensor.data_location = TensorProto.EXTERNAL
-                for key, value in (("location", name), ("offset", offset), ("length", len(data))):
-                    tensor.external_data.add(key=key, value=str(value))
-    path.write_bytes(model.SerializeToString())
+    for tensor in model.graph.initializer:
+        if tensor.name in lowered.weights:
+            file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
+            offset, data = file.tell(), lowered.weights[tensor.name]()
+            file.write(data)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", name), ("offset", offset), ("length", len(data))):
+                tensor.external_data.add(key=key, value=str(value))
+    content: bytes = model.SerializeToString()
+    return content
 
 
-def _publish(folder: Path, path: Path) -> int:
-    """Move a model and its weights to where they are wanted, the weights first; returns their size in bytes."""
-    data = _data_path(path)
-    size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+def _write_model(lowered: Lowered, path: Path, overwrite: bool) -> int:
+    """Write a model and its weights, both or neither, and never one of them beside an old other.
+
+    Returns:
+        The size of both in bytes.
+    """
+    data_path = _data_path(path)
+    data_is_there = False
     try:
-        os.replace(folder / data.name, os.path.realpath(data))
-        os.replace(folder / "model.onnx", os.path.realpath(path))
-    except OSError as error:
-        raise output_error(error, path) from error
+        with atomic_write(path, overwrite) as model_file:
+            with atomic_write(data_path, overwrite) as data_file:
+                model = _save(lowered, data_file, data_path.name)
+                size_bytes = data_file.tell() + len(model)
+                model_file.write(model)
+                if overwrite:
+                    data_file.flush()
+                    os.fsync(data_file.fileno())
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.realpath(path))
+            data_is_there = True
+    except BaseException:
+        if data_is_there:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.realpath(data_path))
+        raise
     return size_bytes
 
 
@@ -245,7 +275,7 @@ def _data_path(path: Path) -> Path:
 
 
 def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool, level: int | None) -> str:
-    engine = path.with_suffix(".engine").name
+    engine = f"{path.name.removesuffix('.onnx')}.engine"
     words = [_TRTEXEC, f"--onnx={path.name}", f"--saveEngine={engine}", "--stronglyTyped"]
     if level is not None:
         words.append(f"--builderOptimizationLevel={level}")
@@ -256,8 +286,10 @@ def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool, lev
     return shlex.join(words)
 
 
-def _run_builder(request: dict[str, Any], work: Path, progress: Progress) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The builder's result and warnings; `work` is a folder for what it needs on the way."""
+def _run_builder(
+    request: dict[str, Any], work: Path, plugin: str | os.PathLike[str] | None, progress: Progress
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The builder's result and warnings. It works in the folder `work`; `plugin` is what users call the library."""
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         environment = dict(os.environ)
@@ -273,12 +305,13 @@ def _run_builder(request: dict[str, Any], work: Path, progress: Progress) -> tup
         errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         process = stack.enter_context(
             subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("trt_builder.py"))],
+                [sys.executable, os.path.abspath(Path(__file__).with_name("trt_builder.py"))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 env=environment,
+                cwd=work,
             )
         )
         stack.callback(process.kill)
@@ -294,10 +327,12 @@ def _run_builder(request: dict[str, Any], work: Path, progress: Progress) -> tup
             elif "warning" in message:
                 warnings.append(message["warning"])
             elif "error" in message:
+                of_plugin = message.get("of_plugin")
                 raise BackendError(
                     f"TensorRT: {message['error']}"[:1200],
-                    remedy=f"build the library with the headers of this TensorRT: tools/build_cuda --plugin {LIBRARY}"
-                    if message.get("of_plugin")
+                    file=plugin if of_plugin else None,
+                    remedy=f"build it with the headers of this TensorRT: tools/build_cuda --plugin {LIBRARY}"
+                    if of_plugin
                     else "see the lowered graph: --target orin",
                 )
             elif "result" in message:

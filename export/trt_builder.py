@@ -9,8 +9,10 @@ nothing of goslet.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -59,6 +61,38 @@ def _monitor(trt: Any) -> Any:
     return Monitor()
 
 
+def _read_times(config: Any, path: str) -> bool:
+    """Let the builder begin with what was timed before; whether to write there what is timed now.
+
+    The times are a convenience: whatever is wrong with their file is a warning.
+    """
+    try:
+        with open(path, "rb") as file:
+            known = file.read()
+    except FileNotFoundError:
+        known = b""
+    except OSError as error:
+        _say(warning=f"the timing cache {path} cannot be read and is left alone: {error.strerror}")
+        return False
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, True):
+        _say(warning=f"{path} is no timing cache and is left alone")
+        return False
+    return True
+
+
+def _write_times(config: Any, path: str) -> None:
+    part = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            file.write(config.get_timing_cache().serialize())
+        os.replace(part, path)
+    except OSError as error:
+        _say(warning=f"the timing cache {path} cannot be written: {error.strerror}")
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
 class PluginError(RuntimeError):
     """The plugin library cannot be used."""
 
@@ -82,7 +116,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     builder = trt.Builder(logger)
     if request["plugin"] is not None and builder.get_plugin_registry().load_library(request["plugin"]) is None:
         said = "; ".join(logger.errors)[-1000:] or "it gives no reason"
-        raise PluginError(f"TensorRT does not take the plugin library {request['plugin']}: {said}")
+        raise PluginError(f"does not take the plugin library: {said}")
     flags = trt.NetworkDefinitionCreationFlag
     # Version 11 knows nothing else than strongly typed networks, and may have lost the name.
     typed = getattr(flags, "STRONGLY_TYPED", None)
@@ -96,24 +130,15 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt)
     if request["optimization_level"] is not None:
         config.builder_optimization_level = request["optimization_level"]
-    cache = None
-    if request["timing_cache"] is not None:
-        try:
-            with open(request["timing_cache"], "rb") as file:
-                known = file.read()
-        except FileNotFoundError:
-            known = b""
-        cache = config.create_timing_cache(known)
-        config.set_timing_cache(cache, ignore_mismatch=True)
+    keeps_times = request["timing_cache"] is not None and _read_times(config, request["timing_cache"])
     begin_s = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError("; ".join(logger.errors)[-1000:] or "the builder gives no reason")
     with open(request["output"], "wb") as file:
         file.write(plan)
-    if cache is not None:
-        with open(request["timing_cache"], "wb") as file:
-            file.write(config.get_timing_cache().serialize())
+    if keeps_times:
+        _write_times(config, request["timing_cache"])
     plugin_layers = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
     return {
         "version": trt.__version__,

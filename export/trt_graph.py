@@ -28,6 +28,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ..cuda_layout import pack_scales, pack_weights, padded_inputs
 from ..enginefile import EngineFile
+from ..errors import InputError
 from ..initializers import SCALE_SUFFIX, weight_buffers, weight_initializers
 from ..spec import EMBEDDING
 from ..weights import EncodedWeight, as_int4, quantized_values
@@ -79,6 +80,9 @@ def lower(
         batch: sessions that a step moves on together.
         weights: ``qdq`` or ``plugin``; plain weights are of the products' precision in both.
         plugins: whether the recurrences are nodes for the plugin library, or standard operators.
+
+    Raises (also what makes the weights):
+        InputError: a weight does not fit into the precision.
     """
     model = ModelProto.FromString(bytes(engine.graph_bytes))
     graph = model.graph
@@ -259,17 +263,28 @@ def _convert(tensor: TensorProto, content: dict[str, Callable[[], bytes]], preci
     old, new = (helper.tensor_dtype_to_np_dtype(number) for number in (tensor.data_type, precision))
     tensor.data_type = precision
     if tensor.name in content:
-        content[tensor.name] = partial(_converted, content[tensor.name], old, new)
+        content[tensor.name] = partial(_converted, tensor.name, content[tensor.name], old, new)
     else:
-        tensor.raw_data = _converted(lambda: tensor.raw_data, old, new)
+        tensor.raw_data = _converted(tensor.name, lambda: tensor.raw_data, old, new)
 
 
 def _widened(make: Callable[[], bytes]) -> bytes:
     return np.frombuffer(make(), "<u2").astype("<i4").tobytes()
 
 
-def _converted(make: Callable[[], bytes], old: np.dtype[Any], new: np.dtype[Any]) -> bytes:
-    return np.frombuffer(make(), old).astype(np.float32).astype(new).tobytes()
+def _converted(name: str, make: Callable[[], bytes], old: np.dtype[Any], new: np.dtype[Any]) -> bytes:
+    numbers = np.frombuffer(make(), old).astype(np.float32)
+    with np.errstate(over="ignore"):
+        converted = numbers.astype(new)
+    lost = np.isfinite(numbers) & ~np.isfinite(converted.astype(np.float32))
+    if lost.any():
+        raise InputError(
+            f"has numbers that {new.name} cannot hold",
+            place=name,
+            found=f"{np.abs(numbers[lost]).max():g}",
+            remedy="use the precision bf16",
+        )
+    return converted.tobytes()
 
 
 def _packed(engine: EngineFile, name: str, content: dict[str, Callable[[], bytes]]) -> Iterator[TensorProto]:

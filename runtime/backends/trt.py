@@ -63,15 +63,9 @@ class TrtBackend(Backend):
 
     def __init__(self, file: EngineFile) -> None:
         self._driver = Driver()  # first: without a device neither a plan nor TensorRT would help
-        path = _find_plan(Path(file.path))
-        with PlanFile(path) as plan:
-            key = plan.key
-            plan.check(model_id=file.model_id, weights_sha256=file.weights_sha256, batch=1)
+        with _open_plan(file) as plan:
+            key, path = plan.key, plan.path
             trt = _import(key.runtime, path)
-            plan.check(tensorrt_version=trt.__version__)
-            device = gpu()
-            if device is not None:
-                plan.check(capability=device.capability, device=device.name)
             self._logger = _logger(trt)
             try:
                 self._runtime = trt.Runtime(self._logger)
@@ -369,11 +363,22 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _find_plan(engine: Path) -> Path:
+def _open_plan(file: EngineFile) -> PlanFile:
+    """The best plan of an engine that fits what there is here; what is wrong with the first where none does."""
+    engine = Path(file.path)
     paths = [plan_path(engine, target) for target in RUNNABLE_TARGETS]
+    problem: BackendUnavailableError | DependencyError | None = None
     for path in paths:
         if path.is_file():
-            return path
+            plan = PlanFile(path)
+            try:
+                _check_plan(plan, file)
+                return plan
+            except (BackendUnavailableError, DependencyError) as error:
+                problem = problem or error
+                plan.close()
+    if problem is not None:
+        raise problem
     raise BackendUnavailableError(
         "there is no TensorRT plan for this engine",
         file=engine,
@@ -381,6 +386,14 @@ def _find_plan(engine: Path) -> Path:
         remedy="build one on this device: "
         + shlex.join(["goslet", "plan", os.fspath(engine), "--target", "local", "--plugin", LIBRARY]),
     )
+
+
+def _check_plan(plan: PlanFile, file: EngineFile) -> None:
+    plan.check(model_id=file.model_id, weights_sha256=file.weights_sha256, batch=1)
+    plan.check(tensorrt_version=_import(plan.key.runtime, plan.path).__version__)
+    device = gpu()
+    if device is not None:
+        plan.check(capability=device.capability, device=device.name)
 
 
 def _import(runtime: str, plan: Path) -> Any:

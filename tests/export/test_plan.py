@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import importlib.util
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from goslet.errors import (  # noqa: E402
     InputError,
     OutputError,
 )
-from goslet.export import export_engine, plan  # noqa: E402
+from goslet.export import export_engine, plan, trt_builder  # noqa: E402
 from goslet.export.models import matrix_state, rwkv4, rwkv7  # noqa: E402
 from goslet.export.trt_graph import lower, plugin_nodes  # noqa: E402
 from goslet.machine import Gpu  # noqa: E402
@@ -319,13 +321,124 @@ def test_a_plan_replaces_neither_its_engine_nor_a_file_that_is_there(
     plan.build_plan(engine, target="orin", overwrite=True)
     assert data.stat().st_size > 1000
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(plan, "_save", full)
-    with pytest.raises(OutputError, match=r"x\.onnx: the disk is full"):
-        plan.build_plan(engine, target="orin", output=tmp_path / "x.onnx")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"x\.onnx\.data: the file is larger than"):
+            plan.build_plan(engine, target="orin", output=tmp_path / "x.onnx")
+        monkeypatch.setattr(planfile, "PACKAGES", {"tensorrt_rtx": ("json",)})
+        with pytest.raises(OutputError, match=r"x\.plan: the file is larger than"):
+            plan.build_plan(engine, target="rtx", plain=True, output=tmp_path / "x.plan")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path)) == [engine.name, "rwkv7-0.1B.orin.onnx", data.name]
+
+
+def test_a_model_and_its_weights_appear_together_or_not_at_all(
+    engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tmp_path / "x.onnx", tmp_path / "x.onnx.data"
+    replace, link = os.replace, os.link
+
+    def interrupted_at(count: int) -> Callable[..., None]:
+        left = [count]
+
+        def rename(source: str, target: str) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            (replace if overwrite else link)(source, target)
+
+        return rename
+
+    for overwrite in (False, True):
+        for count in (1, 2):
+            monkeypatch.setattr(os, "replace" if overwrite else "link", interrupted_at(count))
+            if overwrite:
+                model.write_text("old"), data.write_text("old")
+            with pytest.raises(KeyboardInterrupt):
+                plan.build_plan(engines("7", "int4"), target="orin", output=model, overwrite=overwrite)
+            monkeypatch.undo()
+            left = sorted(os.listdir(tmp_path))
+            assert left in ([], ["x.onnx.data"]) and (not left or data.read_text() == "old"), (overwrite, count)
+            data.unlink(missing_ok=True)
+
+    save_model = plan._save
+
+    def save_while_another_writes(*arguments: Any) -> bytes:
+        model.write_text("precious")
+        return save_model(*arguments)
+
+    monkeypatch.setattr(plan, "_save", save_while_another_writes)
+    with pytest.raises(OutputError, match="exists already"):
+        plan.build_plan(engines("7", "int4"), target="orin", output=model)
+    assert model.read_text() == "precious" and os.listdir(tmp_path) == ["x.onnx"]
+
+
+def test_names_that_are_not_utf8(engines: _Engines, tmp_path: Path) -> None:
+    """The model would have to name its weights' file."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    with pytest.raises(OutputError, match=r"no UTF-8.*-o"):
+        plan.build_plan(engines("7", "int4"), target="orin", output=Path(os.fsdecode(b"\xff.onnx")))
+    assert plan.build_plan(engines("7", "int4"), target="orin", output=folder / "x.onnx").size_bytes > 100_000
+
+
+@needs_rtx
+def test_tensorrt_meets_no_name_of_the_users(engines: _Engines, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff o'clock"))
+    folder.mkdir()
+    plan.build_plan(engines("7", "int4"), target="rtx", plain=True, output=folder / "x.plan")
+    assert os.listdir(folder) == ["x.plan"]
+
+
+def test_weights_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    tensors = random_rwkv7(n_layer=1, n_embd=64, head_size=32, vocab_size=256)
+    tensors["blocks.0.ffn.key.weight"][0, 0] = 1e5
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    with pytest.raises(InputError, match=r"blocks\.0\.ffn\.key\.weight: .*float16.*found 100000.*bf16"):
+        plan.build_plan(tmp_path / "x.goslet", target="orin")
+    assert sorted(os.listdir(tmp_path)) == ["x.goslet", "x.pth"]
+    assert plan.build_plan(tmp_path / "x.goslet", target="orin", precision="bf16").size_bytes > 100_000
+
+
+class _Config:
+    """The part of a builder's configuration that keeps times."""
+
+    def __init__(self) -> None:
+        self.times = b""
+
+    def create_timing_cache(self, known: bytes) -> bytes | None:
+        return None if known == b"garbage" else known
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert ignore_mismatch
+        self.times = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return SimpleNamespace(serialize=lambda: self.times + b"more")
+
+
+def test_a_timing_cache_is_kept_and_never_costs_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, config = tmp_path / "x.timing", _Config()
+    for expected in (b"more", b"moremore"):
+        assert trt_builder._read_times(config, str(path))
+        trt_builder._write_times(config, str(path))
+        assert path.read_bytes() == expected
+    assert capsys.readouterr().out == ""
+    path.write_text("garbage")
+    assert not trt_builder._read_times(config, str(path))
+    assert "is no timing cache and is left alone" in json.loads(capsys.readouterr().out)["warning"]
+    assert path.read_text() == "garbage"
+    path.unlink()
+    path.mkdir()
+    assert not trt_builder._read_times(config, str(path))
+    assert "cannot be read and is left alone" in json.loads(capsys.readouterr().out)["warning"]
+    trt_builder._write_times(config, str(path))
+    assert "cannot be written" in json.loads(capsys.readouterr().out)["warning"]
+    assert os.listdir(tmp_path) == ["x.timing"]
 
 
 @needs_rtx
@@ -433,6 +546,9 @@ def test_the_line_for_a_jetson_names_a_library_by_its_path(engines: _Engines, tm
     assert line(plugin="lib.so").endswith(" --staticPlugins=./lib.so")
     assert line(plugin="/opt/lib.so").endswith(" --staticPlugins=/opt/lib.so")
     assert line(plain=True, optimization_level=3).endswith(" --stronglyTyped --builderOptimizationLevel=3")
+    for name, made in (("x.engine", "x.engine.engine"), ("m-0.1B", "m-0.1B.engine")):
+        report = plan.build_plan(engines("7", "int4"), target="orin", output=tmp_path / name, plain=True)
+        assert f"--onnx={name} --saveEngine={made} " in report.command
 
 
 KEY = planfile.PlanKey("m", "w", "local", "tensorrt", "10.3.0", "Orin", "8.7", 1, "f16", "plugin", 1)

@@ -470,6 +470,19 @@ def test_a_plan_of_something_else(
     assert "\n" not in str(caught.value)
 
 
+def test_a_plan_that_fits_is_taken_where_another_does_not(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    local, machine[1].in_place = write_fake_plan(path, device="", capability="")
+    rtx = local.rename(planfile.plan_path(path, "rtx"))
+    write_fake_plan(path, device="Thor")
+    with goslet.open(path, backend="trt") as engine:
+        assert engine.session().feed(TOKENS).shape == (256,)
+    rtx.unlink()
+    write_fake_plan(path, capability="11.0")[0].rename(rtx)
+    write_fake_plan(path, device="Thor")
+    with pytest.raises(BackendUnavailableError, match=r"local\.plan: the plan is of another GPU.*found Thor"):
+        goslet.open(path, backend="trt")
+
+
 def test_a_plan_for_any_gpu_runs_on_this_one(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
     local, machine[1].in_place = write_fake_plan(path, device="", capability="")
     local.rename(planfile.plan_path(path, "rtx"))
