@@ -10,7 +10,7 @@
 
 #include "kernels/matrix.h"
 #include "native_engine.h"
-#include "state_buffer.h"
+#include "steps.h"
 
 namespace goslet {
 

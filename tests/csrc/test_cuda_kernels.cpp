@@ -300,17 +300,21 @@ void check_refusals() {
     CHECK_EQ(wkv7(GOSLET_CUDA_F32, GOSLET_CUDA_F32, 1, 257), GOSLET_CUDA_BAD_SIZE);
     CHECK_EQ(wkv7(GOSLET_CUDA_F32, GOSLET_CUDA_F32, INT64_MAX, 8), GOSLET_CUDA_BAD_SIZE);
     CHECK_EQ(wkv7(GOSLET_CUDA_F32, GOSLET_CUDA_F32, -1, 8), GOSLET_CUDA_BAD_SIZE);
+    CHECK_EQ(goslet_cuda_wkv7(GOSLET_CUDA_F32, GOSLET_CUDA_F32, 1 << 20, 32, 64, good, good, good, good, good, good,
+                              good, good, good, nullptr),
+             GOSLET_CUDA_BAD_SIZE);  // 2^31 numbers in a vector
     CHECK_EQ(goslet_cuda_version(), GOSLET_CUDA_VERSION);
     CHECK_EQ(std::string(goslet_cuda_error(-99)), "is no code of this library");
 }
 
 // A kernel must not depend on which of its threads runs first.
 void in_every_order(void (*body)()) {
-    for (const std::uint32_t order : {0U, 1U, 7U}) {
+    for (const std::uint32_t order : {GOSLET_CUDA_HOST_FORWARD, GOSLET_CUDA_HOST_BACKWARDS, GOSLET_CUDA_HOST_GREEDY,
+                                      GOSLET_CUDA_HOST_GREEDY_BACKWARDS, GOSLET_CUDA_HOST_RANDOM}) {
         goslet_cuda_host_order(order);
         body();
     }
-    goslet_cuda_host_order(0);
+    goslet_cuda_host_order(GOSLET_CUDA_HOST_FORWARD);
 }
 
 }  // namespace
@@ -350,7 +354,7 @@ TEST(products_of_small_numbers_are_exact) {
                 check_product(bits, group, 8, 352, 21);
                 check_product(bits, group, 3, 2080, 40);
             }
+            check_product(bits, 32, 8, 5280, 3);  // more activations than are staged at once
         }
     });
-    check_product(4, 32, 8, 8992, 3);  // more activations than are staged at once
 }

@@ -28,9 +28,9 @@ def shim(csrc_build: Path) -> Path:
     return csrc_build / "libgoslet_cuda_host.so"
 
 
-@pytest.mark.parametrize("order", [0, 1, 5])
+@pytest.mark.parametrize("order", [0, 3, 5])
 def test_every_check_passes_on_the_host(order: int, shim: Path, tmp_path: Path) -> None:
-    """Also with threads taking turns backwards and at random: a kernel must not depend on who is first."""
+    """Also with warps going as far as they come, the last first, and at random: a kernel must not depend on who is first."""
     library = ctypes.CDLL(str(shim))
     library.goslet_cuda_host_order(order)
     try:

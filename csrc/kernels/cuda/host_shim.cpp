@@ -99,13 +99,36 @@ void start(Fiber& fiber) {
     makecontext(&fiber.context, enter, 0);
 }
 
+bool is_backwards() {
+    return order == GOSLET_CUDA_HOST_BACKWARDS || order == GOSLET_CUDA_HOST_GREEDY_BACKWARDS;
+}
+
+bool is_greedy() {
+    return order == GOSLET_CUDA_HOST_GREEDY || order == GOSLET_CUDA_HOST_GREEDY_BACKWARDS;
+}
+
 template <typename Items>
 void put_in_order(Items& items, std::mt19937& random) {
-    if (order == 1) {
+    if (is_backwards()) {
         std::reverse(items.begin(), items.end());
-    } else if (order > 1) {
+    } else if (order >= GOSLET_CUDA_HOST_RANDOM) {
         std::shuffle(items.begin(), items.end(), random);
     }
+}
+
+// Gives each of some threads a turn; whether any of them could take it.
+template <typename Threads>
+bool take_turns(const Threads& turns) {
+    bool ran = false;
+    for (const int thread : turns) {
+        Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
+        if (can_run(fiber)) {
+            current = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+            ran = true;
+        }
+    }
+    return ran;
 }
 
 // False where threads are left that wait for others which never come.
@@ -122,20 +145,23 @@ bool run_block(std::int64_t index, int n_threads, std::mt19937& random) {
             {static_cast<unsigned>(thread)}, {static_cast<unsigned>(index)}, {static_cast<unsigned>(n_threads)}};
         start(fiber);
     }
-    if (order == 1) {
-        std::reverse(turns.begin(), turns.end());
+    // Warps that are given turns together; greedy ones go as far as they come before the next.
+    std::vector<std::vector<int>> parties(is_greedy() ? warps.size() : 1);
+    for (const int thread : turns) {
+        parties[is_greedy() ? static_cast<std::size_t>(thread / kWarp) : 0].push_back(thread);
+    }
+    put_in_order(parties, random);
+    for (std::vector<int>& party : parties) {
+        put_in_order(party, random);
     }
     for (bool ran = true; ran;) {
         ran = false;
-        if (order > 1) {
-            std::shuffle(turns.begin(), turns.end(), random);
-        }
-        for (const int thread : turns) {
-            Fiber& fiber = fibers[static_cast<std::size_t>(thread)];
-            if (can_run(fiber)) {
-                current = &fiber;
-                swapcontext(&scheduler, &fiber.context);
+        for (std::vector<int>& party : parties) {
+            while (take_turns(party)) {
                 ran = true;
+                if (order >= GOSLET_CUDA_HOST_RANDOM) {
+                    put_in_order(party, random);
+                }
             }
         }
     }

@@ -108,6 +108,14 @@ std::uint32_t bf16_pair(float low, float high);
 
 }  // namespace goslet::cuda
 
-// The order in which a block's threads take turns, and blocks theirs: 0 forward, 1 backward, any other number a seed
-// for a new order at every meeting. A kernel must not depend on it.
+// The order in which a block's threads take turns, and blocks theirs. A kernel must not depend on it.
+enum goslet_cuda_host_order_kind : std::uint32_t {
+    GOSLET_CUDA_HOST_FORWARD = 0,
+    GOSLET_CUDA_HOST_BACKWARDS = 1,
+    // One warp as far as it comes, then the next: where a barrier is missing, it finds what the others still need.
+    GOSLET_CUDA_HOST_GREEDY = 2,
+    GOSLET_CUDA_HOST_GREEDY_BACKWARDS = 3,
+    // This and all above are seeds, for a new order at every meeting.
+    GOSLET_CUDA_HOST_RANDOM = 4,
+};
 extern "C" GOSLET_CUDA_API void goslet_cuda_host_order(std::uint32_t order);
