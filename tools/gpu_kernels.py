@@ -214,9 +214,9 @@ class Checks:
             like.shape, float("nan"), device=like.device, dtype=like.dtype if kind is None else self.kernels.types[kind]
         )
 
-    def compare(self, name: str, found: Any, expected: Any, limit: float, size: float | None = None) -> None:
-        """Note whether `found` is within `limit` of float64's `expected`, as a part of `size` or its largest number."""
-        size = size or float(expected.abs().max()) or 1.0
+    def compare(self, name: str, found: Any, expected: Any, limit: float) -> None:
+        """Note whether `found` is within `limit` of float64's `expected`, as a part of its largest number."""
+        size = float(expected.abs().max()) or 1.0
         error = float((found.double() - expected).abs().max()) / size
         self.note(name, error <= limit, error=error, limit=limit)
 
@@ -335,10 +335,10 @@ class Checks:
                             y = self.poisoned(self.torch.empty(n_rows, n_out, device=x.device, dtype=x.dtype))
                             self.kernels.product(kind, bits, group, n_out, x, weights, scales, y)
                             name = f"product int{bits} group {group} {TYPE_NAMES[kind]} {n_rows}x{n_in}x{n_out}"
-                            # What is summed can be far larger than the sum.
-                            size = float((x.double().abs() @ matrix.abs().T).max())
-                            limit = FLOAT_SUMS + OUTPUT_ROUNDING[kind]
-                            self.compare(name, y, x.double() @ matrix.T, limit, size)
+                            expected = x.double() @ matrix.T
+                            # What is summed, and so what float sums lose, can be far larger than the sum.
+                            summed = float((x.double().abs() @ matrix.abs().T).max() / expected.abs().max())
+                            self.compare(name, y, expected, FLOAT_SUMS * summed + OUTPUT_ROUNDING[kind])
 
     def refusals(self) -> None:
         """Wrong arguments are codes, and nothing is written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,7 +31,7 @@ def shim(csrc_build: Path) -> Path:
 
 @pytest.mark.parametrize("order", [0, 3, 5])
 def test_every_check_passes_on_the_host(order: int, shim: Path, tmp_path: Path) -> None:
-    """Also with warps going as far as they come, the last first, and at random: a kernel must not depend on who is first."""
+    """Also with warps going as far as they come, the last first, and at random: who is first must not matter."""
     library = ctypes.CDLL(str(shim))
     library.goslet_cuda_host_order(order)
     try:
@@ -92,6 +93,44 @@ def test_a_library_without_kernels_or_of_another_version_is_refused(
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="for the host's model of CUDA"):
         gpu_check.open_kernels(torch, shim, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "status", "summary"),
+    [
+        (0, "x\n========= ERROR SUMMARY: 0 errors\n", "passed", "ERROR SUMMARY: 0 errors"),
+        (99, "========= ERROR SUMMARY: 2 errors\n", "failed", "ERROR SUMMARY: 2 errors"),
+        (1, "========= RACECHECK SUMMARY: 0 hazards displayed\n", "failed", "RACECHECK SUMMARY: 0 hazards displayed"),
+        (1, "========= Error: unknown option\n", "not run", ""),
+        (0, "", "not run", ""),
+    ],
+)
+def test_what_the_sanitizer_says_is_read(code: int, output: str, status: str, summary: str) -> None:
+    assert gpu_check.sanitizer_verdict(code, output) == (status, summary)
+
+
+def test_a_sanitizer_that_takes_too_long_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! >>{tmp_path}/started\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_check, "SANITIZER_LIMIT_S", 1)
+    report = gpu_kernels.Report(tmp_path / "r.json")
+    gpu_check.sanitize(report, tmp_path / "x.so")
+    assert [(check["status"], check["reason"]) for check in report.checks] == [
+        ("not run", "it took longer than 1 s")
+    ] * 2
+    started = (tmp_path / "started").read_text().split()
+    assert len(started) == 2
+
+    def is_gone(process: str) -> bool:
+        # A process that nobody has waited for yet is still listed, as a zombie.
+        status = Path(f"/proc/{process}/status")
+        return not status.exists() or "\tZ" in status.read_text().split("State:")[1].splitlines()[0]
+
+    assert all(map(is_gone, started))
 
 
 def test_a_report_has_not_passed_before_its_end(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
