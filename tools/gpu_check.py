@@ -38,6 +38,7 @@ from gpu_plugin import drive_plugin
 
 L2_MULTIPLE = 6
 MAX_INPUTS = 4096
+LARGE_COPIES = (1 << 28, 1 << 30)  # bytes moved
 BUSY_CYCLES = 2_000_000  # of a GPU, about a millisecond
 SHAPES = {"0.1B": (768, 12), "0.4B": (1024, 24), "1.5B": (2048, 24), "2.9B": (2560, 32)}
 VOCABULARY = 65536
@@ -76,10 +77,10 @@ class Speeds:
     def __init__(self, checks: Checks, quick: bool) -> None:
         self.checks = checks
         self.torch = checks.torch
+        self.device = checks.kernels.device
         self.repeats = 7 if quick else 15
-        l2_bytes = self.torch.cuda.get_device_properties(0).L2_cache_size
-        self.at_least_bytes = L2_MULTIPLE * l2_bytes
-        self.copies = {size_bytes: self.copy_bandwidth(size_bytes, 2) for size_bytes in (1 << 28, 1 << 30)}
+        self.at_least_bytes = L2_MULTIPLE * checks.report.machine["l2_bytes"]
+        self.copies = {size_bytes: self.copy_bandwidth(size_bytes, 2) for size_bytes in LARGE_COPIES}
 
     @property
     def peak(self) -> float:
@@ -90,7 +91,8 @@ class Speeds:
         """Bytes read and written a second by copies that move `size_bytes` each, reads and writes together."""
         half = max(16, size_bytes // 2)
         pairs = [
-            tuple(self.torch.empty(half, dtype=self.torch.uint8, device="cuda") for _ in range(2)) for _ in range(count)
+            tuple(self.torch.empty(half, dtype=self.torch.uint8, device=self.device) for _ in range(2))
+            for _ in range(count)
         ]
         calls = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
         return 2 * half * count / replay_time_s(self.torch, calls, self.repeats)
@@ -130,7 +132,7 @@ class Speeds:
                 size_bytes = n_out * (padded * bits // 8 + 2 * padded // group)
                 for n_rows in rows:
                     # As in a step, where they have just been written: the weights alone come from memory.
-                    x = torch.randn(n_rows, n_in, device="cuda", dtype=torch.float16)
+                    x = torch.randn(n_rows, n_in, device=self.device, dtype=torch.float16)
 
                     def make(
                         x: Any = x,
@@ -140,9 +142,11 @@ class Speeds:
                         n_rows: int = n_rows,
                         padded: int = padded,
                     ) -> Callable[[], None]:
-                        weights = torch.randint(0, 256, (n_out, padded * bits // 8), device="cuda", dtype=torch.uint8)
-                        scales = torch.rand(n_out, padded // group, device="cuda").half()
-                        y = torch.empty(n_rows, n_out, device="cuda", dtype=torch.float16)
+                        weights = torch.randint(
+                            0, 256, (n_out, padded * bits // 8), device=self.device, dtype=torch.uint8
+                        )
+                        scales = torch.rand(n_out, padded // group, device=self.device).half()
+                        y = torch.empty(n_rows, n_out, device=self.device, dtype=torch.float16)
                         return lambda: kernels.product(F16, bits, group, n_out, x, weights, scales, y)
 
                     self.note(
@@ -160,24 +164,24 @@ class Speeds:
             shape = (batch, n_head, 64)
 
             def vectors(count: int, shape: tuple[int, int, int] = shape) -> list[Any]:
-                return [torch.randn(*shape, device="cuda").half() for _ in range(count)]
+                return [torch.randn(*shape, device=self.device).half() for _ in range(count)]
 
             def make7(shape: tuple[int, int, int] = shape, vectors: Any = vectors) -> Callable[[], None]:
                 r, k, v, kappa, a, y = vectors(6)
-                w = torch.rand(*shape, device="cuda")
-                state = torch.zeros(*shape, 64, device="cuda")
+                w = torch.rand(*shape, device=self.device)
+                state = torch.zeros(*shape, 64, device=self.device)
                 return lambda: kernels.wkv7(F16, F32, r, w, k, v, kappa, a, state, y, state)
 
             def make6(shape: tuple[int, int, int] = shape, vectors: Any = vectors) -> Callable[[], None]:
                 r, k, v, y = vectors(4)
-                w, u = torch.rand(*shape, device="cuda"), torch.rand(*shape[1:], device="cuda")
-                state = torch.zeros(*shape, 64, device="cuda")
+                w, u = torch.rand(*shape, device=self.device), torch.rand(*shape[1:], device=self.device)
+                state = torch.zeros(*shape, 64, device=self.device)
                 return lambda: kernels.wkv6(F16, F32, r, k, v, w, u, state, y, state)
 
             def make4(batch: int = batch) -> Callable[[], None]:
-                k, v, y = (torch.randn(batch, width, device="cuda").half() for _ in range(3))
-                w, u = -torch.rand(width, device="cuda"), torch.rand(width, device="cuda")
-                state = tuple(torch.ones(batch, width, device="cuda") for _ in range(3))
+                k, v, y = (torch.randn(batch, width, device=self.device).half() for _ in range(3))
+                w, u = -torch.rand(width, device=self.device), torch.rand(width, device=self.device)
+                state = tuple(torch.ones(batch, width, device=self.device) for _ in range(3))
                 return lambda: kernels.wkv4(F16, k, v, w, u, state, y, state)
 
             elements = batch * width

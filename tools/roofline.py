@@ -6,7 +6,7 @@
 Nothing is measured here, and no weights are made: the bytes are those that an engine of the released RWKV-7 shapes
 stores. A token reads every weight and its scales once, of the embedding one row, and reads and writes the state. What
 a step does besides is left out, so that these are bounds which no program passes, not speeds to expect. int3 is not
-among them: its weights are moved as int4 by what runs on a GPU.
+among them: its weights are moved as int4 by what runs on a GPU. Needs goslet with its extra "export".
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from random_checkpoint import SHAPES
+try:
+    from random_checkpoint import SHAPES
 
-from goslet.enginefile import TensorEntry
-from goslet.export.models import rwkv7
-from goslet.export.models.tensors import LAYER_NORM_EPS, Kind
-from goslet.export.quantize import recipe
-from goslet.spec import EMBEDDING, ModelSpec
+    from goslet.enginefile import TensorEntry
+    from goslet.export.models import rwkv7
+    from goslet.export.models.tensors import LAYER_NORM_EPS, Kind
+    from goslet.export.quantize import recipe
+    from goslet.spec import EMBEDDING, ModelSpec
+except ModuleNotFoundError as error:
+    sys.exit(f"roofline: {error.name} is not installed; pip install '.[export]' in the repository's root")
 
 LABEL = "computed bounds, not measurements"
 QUANTS = ("f16", "int8", "int4")
@@ -197,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="REPORT", help="write the report here too, as JSON")
     options = parser.parse_args(arguments)
+    if options.out is not None and not options.out.parent.is_dir():
+        parser.error(f"--out: the folder {options.out.parent} does not exist")
     report = make_report()
     print("\n".join(tables(report)))
     if options.out is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,32 @@ def test_a_sanitizer_that_takes_too_long_is_ended_with_what_it_started(
         return not status.exists() or "\tZ" in status.read_text().split("State:")[1].splitlines()[0]
 
     assert all(map(is_gone, started))
+
+
+def test_every_speed_is_measured_on_its_own_input(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: some of what would be timed is called, and each takes a microsecond."""
+
+    def one_microsecond_each(torch: object, calls: Sequence[Callable[[], object]], repeats: int) -> float:
+        for call in (calls[0], calls[-1]):
+            call()
+        return len(calls) * 1e-6
+
+    monkeypatch.setattr(gpu_check, "replay_time_s", one_microsecond_each)
+    monkeypatch.setattr(gpu_check, "SHAPES", {name: (64, 2) for name in gpu_check.SHAPES})
+    monkeypatch.setattr(gpu_check, "VOCABULARY", 80)
+    monkeypatch.setattr(gpu_check, "LARGE_COPIES", (1 << 16,))
+    report = gpu_kernels.Report(tmp_path / "r.json", {"l2_bytes": 10_000})
+    checks = gpu_kernels.Checks(gpu_kernels.Kernels(torch, shim, "cpu"), report, gpu_kernels.cuda_layout(), small=True)
+    gpu_check.measure(checks, quick=False)
+    assert len(report.speeds) == 2 * (3 * 3 + 5 * 4) + 3 * 2 * 4 + 2 * (2 * 3 + 2 * 4)
+    largest_copy = max(1 << 16, *(entry["size_bytes"] for entry in report.speeds))
+    for entry in report.speeds:
+        # As many inputs as no cache of this size holds.
+        assert entry["inputs"] * entry["size_bytes"] >= 60_000
+        assert entry["gb_s"] == pytest.approx(entry["size_bytes"] / 1e3)
+        assert entry["share_of_copy"] == pytest.approx(1, rel=0.01)
+        assert entry["share_of_peak_copy"] == pytest.approx(entry["size_bytes"] / largest_copy, rel=0.01)
+    assert report.machine["peak_copy_gb_s"] == pytest.approx(largest_copy / 1e3)
 
 
 def test_a_report_has_not_passed_before_its_end(shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
