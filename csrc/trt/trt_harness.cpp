@@ -92,8 +92,7 @@ class LoggerFinder final : public nvinfer1::ILoggerFinder {
     nvinfer1::ILogger* findLogger() override { return nullptr; }
 };
 
-// -------------------------------------------------------------------------------------- shapes, as expressions of
-// shapes
+// ------------------------------------------------------------------------------------ shapes, as expressions of shapes
 
 class Size final : public nvinfer1::IDimensionExpr {
   public:
@@ -137,8 +136,7 @@ class NoExpressions final : public nvinfer1::IExprBuilder {
     Implementation implementation_;
 };
 
-// ----------------------------------------------------------------------------------------------------- tensors and
-// fields
+// -------------------------------------------------------------------------------------------------- tensors and fields
 
 // Inputs first, as supportsFormatCombination has them.
 struct Tensors {
@@ -222,8 +220,7 @@ std::unique_ptr<IPluginV3> create(IPluginCreatorV3One& creator, const Fields& fi
     return made;
 }
 
-// -------------------------------------------------------------------------------------------------------- a plugin's
-// life
+// ----------------------------------------------------------------------------------------------------- a plugin's life
 
 template <typename Capability>
 Capability& capability(IPluginV3& plugin, PluginCapabilityType type, const char* kind) {
@@ -262,6 +259,9 @@ void check_output_types(const IPluginV3OneBuild& build, const Tensors& tensors) 
     std::vector<DataType> outputs(static_cast<std::size_t>(tensors.n_outputs), DataType::kBOOL);
     require(build.getOutputDataTypes(outputs.data(), tensors.n_outputs, inputs.data(), tensors.n_inputs) == 0,
             "getOutputDataTypes fails");
+    require(build.getOutputDataTypes(outputs.data(), tensors.n_outputs, inputs.data(), tensors.n_inputs - 1) != 0 &&
+                build.getOutputDataTypes(outputs.data(), tensors.n_outputs - 1, inputs.data(), tensors.n_inputs) != 0,
+            "getOutputDataTypes takes a tensor too few");
     for (std::size_t i = 0; i < outputs.size(); ++i) {
         const DataType expected = tensors.all[inputs.size() + i].desc.type;
         require(outputs[i] == expected, "output " + std::to_string(i) + " has type " +
@@ -286,6 +286,11 @@ void check_output_shapes(IPluginV3OneBuild& build, const Tensors& tensors) {
     require(build.getOutputShapes(inputs.data(), tensors.n_inputs, nullptr, 0, outputs.data(), tensors.n_outputs,
                                   builder) == 0,
             "getOutputShapes fails");
+    for (const std::int32_t less : {0, 1}) {
+        require(build.getOutputShapes(inputs.data(), tensors.n_inputs - less, nullptr, 0, outputs.data(),
+                                      tensors.n_outputs - (1 - less), builder) != 0,
+                "getOutputShapes takes a tensor too few");
+    }
     for (std::size_t i = 0; i < outputs.size(); ++i) {
         const nvinfer1::Dims& expected = tensors.all[inputs.size() + i].desc.dims;
         nvinfer1::Dims found{};
@@ -350,6 +355,9 @@ void check_build(IPluginV3& plugin, const Tensors& tensors) {
     const DynamicPluginTensorDesc* const outputs = tensors.all.data() + tensors.n_inputs;
     require(build.configurePlugin(tensors.all.data(), tensors.n_inputs, outputs, tensors.n_outputs) == 0,
             "configurePlugin fails");
+    require(build.configurePlugin(tensors.all.data(), tensors.n_inputs - 1, outputs, tensors.n_outputs) != 0 &&
+                build.configurePlugin(tensors.all.data(), tensors.n_inputs, outputs, tensors.n_outputs - 1) != 0,
+            "configurePlugin takes a tensor too few");
     const std::size_t workspace =
         build.getWorkspaceSize(tensors.all.data(), tensors.n_inputs, outputs, tensors.n_outputs);
     require(workspace == 0, "asks for a workspace of " + std::to_string(workspace) + " bytes, expected none");
@@ -380,6 +388,24 @@ std::unique_ptr<Attached> attach(IPluginV3& made, const Tensors& tensors, const 
     return attached;
 }
 
+// A field of another type, or without its number, is none.
+void check_fields(IPluginCreatorV3One& creator, const Fields& fields) {
+    for (std::size_t wrong = 0; wrong < fields.size(); ++wrong) {
+        for (const bool has_data : {false, true}) {
+            std::vector<PluginField> given;
+            for (const auto& [name, value] : fields) {
+                const bool is_wrong = given.size() == wrong;
+                given.emplace_back(name.c_str(), is_wrong && !has_data ? nullptr : &value,
+                                   is_wrong && has_data ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1);
+            }
+            const PluginFieldCollection collection{static_cast<std::int32_t>(given.size()), given.data()};
+            const std::unique_ptr<IPluginV3> made(creator.createPlugin("layer", &collection, TensorRTPhase::kBUILD));
+            require(made == nullptr,
+                    "a plugin is made though " + fields[wrong].first + (has_data ? " is no int32" : " has no number"));
+        }
+    }
+}
+
 // As a builder does: made of a node's attributes, copied into the network, asked about its tensors, its fields written
 // to the engine; then, as the engine's reader does, made of these alone and attached to a context.
 std::unique_ptr<Attached> live(IPluginCreatorV3One& creator, const std::string& name, const Fields& fields,
@@ -387,6 +413,7 @@ std::unique_ptr<Attached> live(IPluginCreatorV3One& creator, const std::string& 
     std::unique_ptr<IPluginV3> node = create(creator, fields, TensorRTPhase::kBUILD);
     require(node != nullptr, "no plugin is made of the fields " + text_of(fields));
     check_identity(node, name, fields, "createPlugin");
+    check_fields(creator, fields);
     IPluginV3* const copy = node->clone();
     require(copy != node.get(), "clone gives the plugin itself, expected a copy");
     node.reset();
@@ -402,8 +429,7 @@ std::unique_ptr<Attached> live(IPluginCreatorV3One& creator, const std::string& 
     return attach(*read, tensors, name, fields);
 }
 
-// ------------------------------------------------------------------------------------------------------------ the
-// library
+// --------------------------------------------------------------------------------------------------------- the library
 
 // Never closed: the CUDA runtime within is not made to be.
 struct Library {

@@ -117,6 +117,7 @@ class FakeCuda:
         assert address.value is not None and self.memory.pop(address.value)[0] == "pinned"
 
     def _cuStreamCreate(self, handle: Any, flags: ctypes.c_uint) -> None:
+        assert flags.value == 1  # it waits for no other stream, nor the others for it
         handle._obj.value = next(self._handles)
         self.streams[handle._obj.value] = []
 

@@ -19,9 +19,10 @@ import pytest
 
 import goslet
 from goslet import benchmark, planfile, trt_plugin
-from goslet.backends import cuda_driver
+from goslet.backends import Rounding, cuda_driver
 from goslet.enginefile import EngineFile
 from goslet.errors import BackendError, BackendUnavailableError, ContainerError, DependencyError, GosletError
+from goslet.state import MAX_TOKENS_SEEN
 
 from . import fake_gpu
 from .fake_gpu import ILLEGAL_ADDRESS, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, plan_key, write_fake_plan
@@ -481,6 +482,57 @@ def test_a_plan_that_fits_is_taken_where_another_does_not(path: Path, machine: t
     write_fake_plan(path, device="Thor")
     with pytest.raises(BackendUnavailableError, match=r"local\.plan: the plan is of another GPU.*found Thor"):
         goslet.open(path, backend="trt")
+
+
+def test_of_two_plans_that_fit_the_one_for_this_gpu_is_taken(
+    path: Path, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    rtx, machine[1].in_place = write_fake_plan(path, device="", capability="", precision="f16")
+    rtx.rename(planfile.plan_path(path, "rtx"))
+    write_fake_plan(path, precision="bf16")
+    with goslet.open(path, backend="trt") as engine:
+        assert engine.backend.activation_rounding(engine.file.weight("head.weight").format) == Rounding(8)
+
+
+@pytest.mark.parametrize("name", ["logits", "x", "state_in.0.wkv", "state_out.1.att_shift"])
+def test_a_plan_with_other_types_is_refused(
+    name: str, path: Path, machine: tuple[FakeCuda, FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, machine[1].in_place = write_fake_plan(path)
+    dtype = fake_gpu._FakeEngine.get_tensor_dtype
+    monkeypatch.setattr(
+        fake_gpu._FakeEngine,
+        "get_tensor_dtype",
+        lambda self, asked: "DataType.HALF" if asked == name else dtype(self, asked),
+    )
+    with pytest.raises(BackendError, match=rf"{name}: .*inputs and outputs.*FLOAT, found.*HALF"):
+        goslet.open(path, backend="trt")
+
+
+def test_sizes_that_are_no_multiples_of_an_alignment(tmp_path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    """A state whose vectors have 192 bytes and its matrices 3072, where addresses are multiples of 256."""
+    from random_checkpoint import random_rwkv7, save
+
+    from goslet.export import export_engine
+
+    save(
+        random_rwkv7(n_layer=2, n_embd=48, head_size=16, vocab_size=100, rank_w=8, rank_a=8, rank_v=8, rank_g=8),
+        tmp_path / "x.pth",
+    )
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f16")
+    _, machine[1].in_place = write_fake_plan(tmp_path / "x.goslet")
+    with goslet.open(tmp_path / "x.goslet", backend="trt") as engine, goslet.open(tmp_path / "x.goslet") as native:
+        found, expected = engine.session().feed(TOKENS[2:]), native.session().feed(TOKENS[2:])
+    assert np.abs(found - expected).max() < 1e-2 * np.ptp(expected)
+
+
+def test_the_token_count_stays_at_its_largest(engine: goslet.Engine, tmp_path: Path) -> None:
+    session = engine.session()
+    session.state._counts[0][0] = MAX_TOKENS_SEEN - 1
+    assert session.tokens_seen == MAX_TOKENS_SEEN - 1
+    session.feed([1, 2, 3])
+    assert session.tokens_seen == MAX_TOKENS_SEEN
+    session.save(tmp_path / "x.state")
 
 
 def test_a_plan_for_any_gpu_runs_on_this_one(path: Path, machine: tuple[FakeCuda, FakeTensorRT]) -> None:

@@ -96,6 +96,8 @@ WRONG = {
         '{"bhn", "bhnn"}, false, run_wkv7', '{"bhn", "bhn"}, false, run_wkv7', "output 1 has shape",
     ),
     "a product has another shape": ('"og"}, {"bo"}', '"og"}, {"bi"}', "shape"),
+    "a field of any type is taken": (" && field.type == nvinfer1::PluginFieldType::kINT32", "", "is no int32"),
+    "anything is configured": ("return counts_fit(n_inputs, n_outputs) ? 0 : kFailed;", "return 0;", "configurePlugin"),
     "sizes are not compared": ("dims.d[axis] != size", "false", "it was taken"),
     "axes are not counted": ("dims.nbDims != static_cast<std::int32_t>(letters.size())", "false", "it was taken"),
     "weights are not counted": ("sizes['w'] * 32 == padded_in * bits_ &&", "", "it was taken"),
