@@ -115,8 +115,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if request["plugin"] is not None and builder.get_plugin_registry().load_library(request["plugin"]) is None:
-        said = "; ".join(logger.errors)[-1000:] or "it gives no reason"
-        raise PluginError(f"does not take the plugin library: {said}")
+        reason = "; ".join(logger.errors)[-1000:] or "it gives no reason"
+        raise PluginError(f"does not take the plugin library: {reason}")
     flags = trt.NetworkDefinitionCreationFlag
     # Version 11 knows nothing else than strongly typed networks, and may have lost the name.
     typed = getattr(flags, "STRONGLY_TYPED", None)
