@@ -139,13 +139,13 @@ def build_plan(
                     (work / "model.onnx").write_bytes(_save(lowered, data, "model.onnx.data"))
             except OSError as error:
                 raise output_error(error, path) from error
-            if not plain:
-                (work / LIBRARY).symlink_to(os.path.realpath(plugin or LIBRARY))
+            if plugin is not None:
+                (work / LIBRARY).symlink_to(os.path.realpath(plugin))
             request = {
                 "module": module,
                 "onnx": "model.onnx",
                 "output": "plan",
-                "plugin": None if plain else f"./{LIBRARY}",
+                "plugin": None if plugin is None else f"./{LIBRARY}",
                 "timing_cache": os.path.abspath(f"{path}.timing") if target == "local" else None,
                 "optimization_level": optimization_level,
             }
