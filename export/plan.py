@@ -28,7 +28,7 @@ from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
 from ..errors import BackendError, BackendUnavailableError, DependencyError, InputError, OutputError
 from ..machine import Gpu, gpu
-from ..output import atomic_write, check_output, output_error
+from ..output import atomic_write, check_output, hidden_folder, output_error
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanKey, beside, installed_package, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
 from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
@@ -131,25 +131,21 @@ def build_plan(
             size_bytes = _write_model(lowered, path, overwrite)
             command = _trtexec(path, plugin, plain, optimization_level)
             return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
-        with tempfile.TemporaryDirectory(dir=path.parent or ".", prefix=".goslet-plan-") as folder:
-            # The builder works in that folder, so that TensorRT meets no name but these: its own must be UTF-8.
+        # The builder works in a folder of its own, so that TensorRT meets no name of the user's: its own are UTF-8.
+        with hidden_folder(path) as folder:
             work = Path(folder)
             try:
                 with (work / "model.onnx.data").open("wb") as data:
                     (work / "model.onnx").write_bytes(_save(lowered, data, "model.onnx.data"))
             except OSError as error:
                 raise output_error(error, path) from error
-            if plugin is not None:
-                (work / LIBRARY).symlink_to(os.path.realpath(plugin))
             request = {
                 "module": module,
-                "onnx": "model.onnx",
-                "output": "plan",
-                "plugin": None if plugin is None else f"./{LIBRARY}",
-                "timing_cache": os.path.abspath(f"{path}.timing") if target == "local" else None,
+                "folder": folder,
+                "timing_cache": os.path.abspath(_timing_path(path)) if target == "local" else None,
                 "optimization_level": optimization_level,
             }
-            result, warnings = _run_builder(request, work, plugin, progress or (lambda phase, done, total: None))
+            result, warnings = _run_builder(request, plugin, progress or (lambda phase, done, total: None))
             key = PlanKey(
                 model_id=file.model_id,
                 weights_sha256=file.weights_sha256,
@@ -169,6 +165,8 @@ def build_plan(
                 memoryview(content) as plan,
             ):
                 write_plan(path, key, in_place, plan, overwrite=overwrite)
+            if (work / "timing").exists():
+                warnings += _keep_times(work / "timing", _timing_path(path))
     return PlanReport(
         path, result["size_bytes"], result["plugin_layers"], result["version"], result["build_s"], warnings, ""
     )
@@ -243,31 +241,50 @@ def _save(lowered: Lowered, file: BinaryIO, name: str) -> bytes:
 
 
 def _write_model(lowered: Lowered, path: Path, overwrite: bool) -> int:
-    """Write a model and its weights, both or neither, and never one of them beside an old other.
+    """Write a model and its weights, both or neither; where others are replaced and that fails, those are gone too.
 
     Returns:
         The size of both in bytes.
     """
     data_path = _data_path(path)
-    data_is_there = False
+    own: list[int] = []  # the files that are written, whatever their names are by now
+    replaces = False
     try:
-        with atomic_write(path, overwrite) as model_file:
-            with atomic_write(data_path, overwrite) as data_file:
-                model = _save(lowered, data_file, data_path.name)
-                size_bytes = data_file.tell() + len(model)
-                model_file.write(model)
+        with atomic_write(path, overwrite) as model_file, atomic_write(data_path, overwrite) as data_file:
+            model = _save(lowered, data_file, data_path.name)
+            size_bytes = data_file.tell() + len(model)
+            model_file.write(model)
+            try:
+                data_file.flush()
+                os.fsync(data_file.fileno())
+                own = [os.fstat(file.fileno()).st_ino for file in (model_file, data_file)]
                 if overwrite:
-                    data_file.flush()
-                    os.fsync(data_file.fileno())
+                    replaces = True
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.realpath(path))
-            data_is_there = True
+            except OSError as error:
+                raise output_error(error, path) from error
     except BaseException:
-        if data_is_there:
+        for name in map(os.path.realpath, (path, data_path)):
             with contextlib.suppress(OSError):
-                os.unlink(os.path.realpath(data_path))
+                if replaces or os.stat(name).st_ino in own:
+                    os.unlink(name)
         raise
     return size_bytes
+
+
+def _timing_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.timing")
+
+
+def _keep_times(times: Path, path: Path) -> tuple[str, ...]:
+    """Publish what was timed, for the next build; what hinders that is a warning."""
+    try:
+        with atomic_write(path, overwrite=True) as file:
+            file.write(times.read_bytes())
+    except OutputError as error:
+        return (f"the timing cache is not kept: {error}",)
+    return ()
 
 
 def _data_path(path: Path) -> Path:
@@ -287,20 +304,23 @@ def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool, lev
 
 
 def _run_builder(
-    request: dict[str, Any], work: Path, plugin: str | os.PathLike[str] | None, progress: Progress
+    request: dict[str, Any], plugin: str | os.PathLike[str] | None, progress: Progress
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The builder's result and warnings. It works in the folder `work`; `plugin` is what users call the library."""
+    """The builder's result and warnings; it takes the library `plugin` by another name."""
     warnings: list[str] = []
     with contextlib.ExitStack() as stack:
         environment = dict(os.environ)
+        # It changes its folder. Without an empty part, which would be the current one.
+        known = [os.path.abspath(part) for part in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
+        # Links, in a folder that surely can hold some.
+        links = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="goslet-plan-")))
+        if plugin is not None:
+            (links / LIBRARY).symlink_to(os.path.realpath(plugin))
         libraries = importlib.util.find_spec("tensorrt_rtx_libs")
         if request["module"].startswith("tensorrt_rtx") and libraries is not None:
-            links = work / "libraries"
-            links.mkdir()
-            folders = [os.path.abspath(links), *_link_libraries(links, libraries)]
-            # Without an empty part, which would be the current folder.
-            known = filter(None, environment.get("LD_LIBRARY_PATH", "").split(os.pathsep))
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([*folders, *known])
+            known = [os.path.abspath(links), *_link_libraries(links, libraries), *known]
+        if known:
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(known)
         # A file, since a pipe that nobody reads before the end may fill up.
         errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         process = stack.enter_context(
@@ -311,13 +331,14 @@ def _run_builder(
                 stderr=errors,
                 text=True,
                 env=environment,
-                cwd=work,
             )
         )
         stack.callback(process.kill)
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request))
+            process.stdin.write(
+                json.dumps({**request, "plugin": None if plugin is None else os.path.abspath(links / LIBRARY)})
+            )
             process.stdin.close()
         result = None
         for line in process.stdout:

@@ -9,7 +9,6 @@ nothing of goslet.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -62,7 +61,7 @@ def _monitor(trt: Any) -> Any:
 
 
 def _read_times(config: Any, path: str) -> bool:
-    """Let the builder begin with what was timed before; whether to write there what is timed now.
+    """Let the builder begin with what was timed before; whether to keep there what is timed now.
 
     The times are a convenience: whatever is wrong with their file is a warning.
     """
@@ -81,18 +80,6 @@ def _read_times(config: Any, path: str) -> bool:
     return True
 
 
-def _write_times(config: Any, path: str) -> None:
-    part = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(part, "wb") as file:
-            file.write(config.get_timing_cache().serialize())
-        os.replace(part, path)
-    except OSError as error:
-        _say(warning=f"the timing cache {path} cannot be written: {error.strerror}")
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-
-
 class PluginError(RuntimeError):
     """The plugin library cannot be used."""
 
@@ -101,8 +88,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build what a request describes, and write it where it says.
 
     Args:
-        request: ``module`` (TensorRT's Python package), ``onnx``, ``output``, ``plugin`` (a library, or null),
-            ``timing_cache`` (a file, or null), ``optimization_level`` (or null).
+        request: ``module`` (TensorRT's Python package), ``folder`` (with ``model.onnx``; ``plan`` is written there, and
+            ``timing``), ``plugin`` (a library, or null), ``timing_cache`` (a file to begin with, or null),
+            ``optimization_level`` (or null).
 
     Returns:
         ``version``, ``plugin_layers``, ``size_bytes`` and ``build_s``.
@@ -112,6 +100,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         PluginError: to the plugin library.
     """
     trt = importlib.import_module(request["module"])
+    # Only now: Python may look for it by paths that begin in the folder in which goslet was started.
+    os.chdir(request["folder"])
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if request["plugin"] is not None and builder.get_plugin_registry().load_library(request["plugin"]) is None:
@@ -122,7 +112,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     typed = getattr(flags, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(request["onnx"]):
+    if not parser.parse_from_file("model.onnx"):
         said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise RuntimeError("the parser refuses the graph: " + "; ".join(said or logger.errors)[:1000])
     config = builder.create_builder_config()
@@ -135,10 +125,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError("; ".join(logger.errors)[-1000:] or "the builder gives no reason")
-    with open(request["output"], "wb") as file:
+    with open("plan", "wb") as file:
         file.write(plan)
-    if keeps_times:
-        _write_times(config, request["timing_cache"])
+    times = config.get_timing_cache() if keeps_times else None
+    if times is not None:
+        with open("timing", "wb") as file:
+            file.write(times.serialize())
     plugin_layers = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
     return {
         "version": trt.__version__,

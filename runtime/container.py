@@ -437,6 +437,7 @@ def _check_prefix(prefix: bytes, file_bytes: int, magic: bytes, version: int, ki
             raise WrongMagicError(
                 "was changed as if it were text", file=shown, place="magic", remedy="copy it again as binary"
             )
+        wants_engine = _OTHERS.get(magic[:5]) is not None
         what = next((what for form, what in _OTHERS.items() if start.startswith(form)), None)
         raise WrongMagicError(
             f"is not a goslet {kind}",
@@ -444,7 +445,7 @@ def _check_prefix(prefix: bytes, file_bytes: int, magic: bytes, version: int, ki
             place=None if what else "magic",
             expected=None if what else magic.hex(" "),
             found=what or start.hex(" "),
-            remedy="compile it first: goslet export" if what and "checkpoint" in what else None,
+            remedy="compile it first: goslet export" if what and "checkpoint" in what and wants_engine else None,
         )
     if len(prefix) < _PREFIX.size:
         raise TruncatedError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from ..errors import BackendUnavailableError
 _CAPTURE_OF_THIS_THREAD = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _COPIES_IN_PASS = 8  # so that starting the first of them does not count
+
+
+# One thread at a time: collection is switched off for all of them.
+_capturing = threading.RLock()
 
 
 class CudaError(Exception):
@@ -163,13 +168,14 @@ class Stream:
             CudaError: it holds something that cannot be captured.
         """
         # A garbage collection may free memory of the device, which ends a capture of the same thread.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            return self._captured(work)
-        finally:
-            if collects:
-                gc.enable()
+        with _capturing:
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                return self._captured(work)
+            finally:
+                if collects:
+                    gc.enable()
 
     def _captured(self, work: Callable[[], None]) -> Graph:
         self._driver.call("cuStreamBeginCapture_v2", self._handle, ctypes.c_int(_CAPTURE_OF_THIS_THREAD))

@@ -24,12 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cuda_layout import PLUGIN_VERSION
-from ..errors import BackendError, BackendUnavailableError, DependencyError, first_line
+from ..errors import (
+    BackendError,
+    BackendUnavailableError,
+    ContainerError,
+    DependencyError,
+    GosletError,
+    first_line,
+)
 from ..machine import gpu
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanFile, installed_package, plan_path
 from ..spec import EMBEDDING, StateSpec
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
-from ..trt_plugin import LIBRARY, find_plugin
+from ..trt_plugin import find_plugin
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Backend, Rounding, Stepper, check_embedding
 from .cuda_driver import CudaError, DeviceMemory, Driver, Graph, PinnedMemory, Stream
@@ -78,7 +85,6 @@ class TrtBackend(Backend):
                 ) from error
             if key.plugin_version:
                 library = find_plugin(Path(file.path))
-                plan.check(plugin_version=PLUGIN_VERSION)
                 if self._runtime.get_plugin_registry().load_library(str(library)) is None:
                     raise BackendUnavailableError(
                         "is no plugin library for this TensorRT",
@@ -291,7 +297,7 @@ class _TrtStepper(Stepper, Elsewhere):
             self._driver.activate()
             self._stream.synchronize()
         except CudaError as error:
-            raise self._failed(error, "the token count", "the session is as it was; try again") from error
+            raise self._failed(error, "the token count") from error
         return int(self._seen_count[0])
 
     def fetch(self, tensors: Tensors, count: NDArray[np.int64]) -> None:
@@ -300,7 +306,7 @@ class _TrtStepper(Stepper, Elsewhere):
             self._stream.to_host(self._pinned.address, self._pool.address, self._layout.size_bytes)
             self._stream.synchronize()
         except CudaError as error:
-            raise self._failed(error, "the state", "the session is as it was; try again") from error
+            raise self._failed(error, "the state") from error
         for name, view in tensors.items():
             view[...] = self._host_views[name]
         count[0] = self._host_count[0]
@@ -337,16 +343,19 @@ class _TrtStepper(Stepper, Elsewhere):
         self.steps += 1  # for a thread that has fetched what is taken back
         return None
 
-    def _failed(
-        self, error: CudaError, place: str, remedy: str = "the session's state is as it was before this token"
-    ) -> BackendError:
+    def _failed(self, error: CudaError, place: str) -> BackendError:
         """What to raise: the device may only have refused a call, or be gone, and with it what it alone knew."""
         try:
             self._driver.activate()
             self._stream.synchronize()
         except CudaError:
             return self._lost(error, place)
-        return BackendError(f"the CUDA device refuses a call: {error}", place=place, remedy=remedy)
+        seen = int(self._seen_count[0]) if self.ahead else self._state.tokens_seen
+        return BackendError(
+            f"the CUDA device refuses a call: {error}",
+            place=place,
+            remedy=f"the session's state is whole, after {seen} tokens; go on from there",
+        )
 
     def _lost(self, error: CudaError, place: str) -> BackendError:
         """The host's older state is the session's again."""
@@ -367,24 +376,25 @@ def _open_plan(file: EngineFile) -> PlanFile:
     """The best plan of an engine that fits what there is here; what is wrong with the first where none does."""
     engine = Path(file.path)
     paths = [plan_path(engine, target) for target in RUNNABLE_TARGETS]
-    problem: BackendUnavailableError | DependencyError | None = None
-    for path in paths:
-        if path.is_file():
+    problem: GosletError | None = None
+    for path in filter(Path.is_file, paths):
+        try:
             plan = PlanFile(path)
             try:
                 _check_plan(plan, file)
-                return plan
-            except (BackendUnavailableError, DependencyError) as error:
-                problem = problem or error
+            except BaseException:
                 plan.close()
+                raise
+            return plan
+        except (BackendUnavailableError, DependencyError, ContainerError) as error:
+            problem = problem or error
     if problem is not None:
         raise problem
     raise BackendUnavailableError(
         "there is no TensorRT plan for this engine",
         file=engine,
         expected=" or ".join(path.name for path in paths),
-        remedy="build one on this device: "
-        + shlex.join(["goslet", "plan", os.fspath(engine), "--target", "local", "--plugin", LIBRARY]),
+        remedy="build one on this device: " + shlex.join(["goslet", "plan", os.fspath(engine), "--target", "local"]),
     )
 
 
@@ -394,6 +404,9 @@ def _check_plan(plan: PlanFile, file: EngineFile) -> None:
     device = gpu()
     if device is not None:
         plan.check(capability=device.capability, device=device.name)
+    if plan.key.plugin_version:
+        find_plugin(Path(file.path))
+        plan.check(plugin_version=PLUGIN_VERSION)
 
 
 def _import(runtime: str, plan: Path) -> Any:

@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self._stage = ""
-        self._enabled = enabled and sys.stderr is not None
+        self._enabled = enabled and sys.stderr is not None and not sys.stderr.closed
         self._redraws = self._enabled and sys.stderr.isatty()
         self._interval_s = _REDRAW_S if self._redraws else _LINE_S
         self._drawn_s = time.monotonic()
@@ -42,8 +42,11 @@ class Progress:
         text = f"{stage} {100 * done // max(1, total):3d}% ({done:,} of {total:,})"
         if self._redraws:
             self._draw(text)
-        else:
+            return
+        try:
             print(f"goslet: {text}", file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody reads any more, the disk is full, or it is closed: the work goes on
+            self._enabled = False
 
     def _draw(self, text: str) -> None:
         text = text[: max(0, shutil.get_terminal_size().columns - 1)]

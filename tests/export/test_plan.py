@@ -10,9 +10,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -337,31 +335,43 @@ def test_a_plan_replaces_neither_its_engine_nor_a_file_that_is_there(
 def test_a_model_and_its_weights_appear_together_or_not_at_all(
     engines: _Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Interrupted before and after each step that another program could see."""
     model, data = tmp_path / "x.onnx", tmp_path / "x.onnx.data"
-    replace, link = os.replace, os.link
 
-    def interrupted_at(count: int) -> Callable[..., None]:
-        left = [count]
-
-        def rename(source: str, target: str) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            (replace if overwrite else link)(source, target)
-
-        return rename
+    def build(overwrite: bool) -> None:
+        plan.build_plan(engines("7", "int4"), target="orin", output=model, overwrite=overwrite)
 
     for overwrite in (False, True):
-        for count in (1, 2):
-            monkeypatch.setattr(os, "replace" if overwrite else "link", interrupted_at(count))
-            if overwrite:
-                model.write_text("old"), data.write_text("old")
-            with pytest.raises(KeyboardInterrupt):
-                plan.build_plan(engines("7", "int4"), target="orin", output=model, overwrite=overwrite)
-            monkeypatch.undo()
-            left = sorted(os.listdir(tmp_path))
-            assert left in ([], ["x.onnx.data"]) and (not left or data.read_text() == "old"), (overwrite, count)
-            data.unlink(missing_ok=True)
+        for name in ("replace" if overwrite else "link", "fsync", *(["unlink"] if overwrite else [])):
+            for count in range(1, 6):
+                for after in (False, True):
+                    if overwrite:
+                        model.write_text("old"), data.write_text("old")
+                    real, left = getattr(os, name), [count]
+
+                    def interrupted(*arguments: Any, real: Any = real, left: Any = left, after: bool = after) -> None:
+                        left[0] -= 1
+                        if left[0] == 0 and not after:
+                            raise KeyboardInterrupt
+                        real(*arguments)
+                        if left[0] == 0:
+                            raise KeyboardInterrupt
+
+                    monkeypatch.setattr(os, name, interrupted)
+                    ended = False
+                    try:
+                        build(overwrite)
+                        ended = True
+                    except KeyboardInterrupt:
+                        pass
+                    monkeypatch.undo()
+                    names, place = sorted(os.listdir(tmp_path)), (overwrite, name, count, after)
+                    if not ended and names == ["x.onnx", "x.onnx.data"]:
+                        assert model.read_bytes() == data.read_bytes() == b"old", place
+                    else:
+                        assert names == (["x.onnx", "x.onnx.data"] if ended else []), place
+                    for file in (model, data):
+                        file.unlink(missing_ok=True)
 
     save_model = plan._save
 
@@ -406,27 +416,20 @@ def test_weights_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
 class _Config:
     """The part of a builder's configuration that keeps times."""
 
-    def __init__(self) -> None:
-        self.times = b""
-
     def create_timing_cache(self, known: bytes) -> bytes | None:
         return None if known == b"garbage" else known
 
     def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
-        assert ignore_mismatch
         self.times = cache
-        return True
-
-    def get_timing_cache(self) -> Any:
-        return SimpleNamespace(serialize=lambda: self.times + b"more")
+        return ignore_mismatch
 
 
-def test_a_timing_cache_is_kept_and_never_costs_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, config = tmp_path / "x.timing", _Config()
-    for expected in (b"more", b"moremore"):
-        assert trt_builder._read_times(config, str(path))
-        trt_builder._write_times(config, str(path))
-        assert path.read_bytes() == expected
+def test_a_timing_cache_never_costs_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, times, config = tmp_path / "x.plan.timing", tmp_path / "timing", _Config()
+    assert trt_builder._read_times(config, str(path)) and config.times == b""
+    times.write_bytes(b"some")
+    assert plan._keep_times(times, path) == ()
+    assert trt_builder._read_times(config, str(path)) and config.times == b"some"
     assert capsys.readouterr().out == ""
     path.write_text("garbage")
     assert not trt_builder._read_times(config, str(path))
@@ -436,9 +439,9 @@ def test_a_timing_cache_is_kept_and_never_costs_a_plan(tmp_path: Path, capsys: p
     path.mkdir()
     assert not trt_builder._read_times(config, str(path))
     assert "cannot be read and is left alone" in json.loads(capsys.readouterr().out)["warning"]
-    trt_builder._write_times(config, str(path))
-    assert "cannot be written" in json.loads(capsys.readouterr().out)["warning"]
-    assert os.listdir(tmp_path) == ["x.timing"]
+    (warning,) = plan._keep_times(times, path)
+    assert "the timing cache is not kept: " in warning and "is a folder" in warning
+    assert sorted(os.listdir(tmp_path)) == ["timing", "x.plan.timing"]
 
 
 @needs_rtx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -120,6 +121,25 @@ def test_progress_in_a_file_is_a_line_every_half_minute(
             silent("reading", done, 70)
             now_s += 1
     assert capsys.readouterr().err == "goslet: reading  42% (30 of 70)\ngoslet: writing  85% (60 of 70)\n"
+
+
+@pytest.mark.parametrize("stream", ["full", "closed pipe", "closed"])
+def test_progress_that_nobody_can_read_does_not_end_the_work(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_LINE_S", 0.0)
+    if stream == "closed pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        file = os.fdopen(writing, "w")
+    else:
+        file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    with contextlib.suppress(OSError), file:
+        if stream == "closed":
+            file.close()
+        monkeypatch.setattr(sys, "stderr", file)
+        with console.Progress(enabled=True) as progress:
+            for done in range(3):
+                progress("reading", done, 3)
+        monkeypatch.undo()
 
 
 def test_sizes_for_people() -> None:

@@ -26,6 +26,7 @@ from goslet.container import (
     read_container,
     write_container,
 )
+from goslet.enginefile import EngineFile
 from goslet.errors import (
     ChecksumError,
     ContainerError,
@@ -321,7 +322,10 @@ def test_a_file_of_another_kind_is_called_what_it_is(start: bytes, what: str, tm
     path.write_bytes(start + bytes(100))
     with pytest.raises(WrongMagicError, match=re.escape(f"is not a goslet test file (found {what})")) as caught:
         read(path)
-    assert ("goslet export" in str(caught.value)) == ("checkpoint" in what)
+    assert caught.value.remedy is None
+    with pytest.raises(WrongMagicError, match=re.escape(f"is not a goslet engine file (found {what})")) as caught:
+        EngineFile.open(path)
+    assert caught.value.remedy == ("compile it first: goslet export" if "checkpoint" in what else None)
 
 
 @pytest.mark.parametrize("name", ["graph", "tail"])

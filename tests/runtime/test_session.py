@@ -5,6 +5,7 @@ What every backend must do is tested on every backend.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 import goslet
 from goslet import state
-from goslet.backends import native, ort, ort_cuda, trt
+from goslet.backends import cuda_driver, native, ort, ort_cuda, trt
 from goslet.errors import (
     BackendError,
     BackendUnavailableError,
@@ -559,14 +560,19 @@ def test_a_bad_tokenizer_names_the_engine_file(tokenizer: tuple, tiny_engine: Pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"backend": "trt"}, "no TensorRT plan.*goslet plan f32.goslet --target local"),
+        ({"backend": "trt"}, "no CUDA driver.*backend native"),
         ({"backend": "trt", "device": "cpu"}, "trt backend does not run on it.*native or ort"),
         ({"device": "cuda"}, "native backend does not run on it.*ort or trt"),
         ({"backend": "native", "device": "cuda"}, "native backend does not run on it"),
         ({"backend": "ort", "device": "cuda"}, "no CUDA provider.*onnxruntime-gpu"),
     ],
 )
-def test_backend_or_device_that_is_not_there(arguments: dict, words: str, tiny_engine: Path) -> None:
+def test_backend_or_device_that_is_not_there(
+    arguments: dict, words: str, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cuda_driver, "open_library", lambda: ctypes.CDLL("no_such_library.so")
+    )  # also on a GPU's machine
     with pytest.raises(BackendUnavailableError, match=words):
         goslet.open(tiny_engine, **arguments)
 

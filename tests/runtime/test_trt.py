@@ -9,6 +9,7 @@ import gc
 import shutil
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,7 +242,7 @@ def test_a_step_that_the_driver_refuses_leaves_the_state(
     session, other = engine.session(), engine.session()
     other.feed(TOKENS[:2])
     cuda.fail["cuGraphLaunch"] = (2, OUT_OF_MEMORY)
-    with pytest.raises(BackendError, match=r"token 2 of this feed.*OUT_OF_MEMORY.*as it was before this token"):
+    with pytest.raises(BackendError, match=r"token 2 of this feed.*OUT_OF_MEMORY.*whole, after 2 tokens"):
         session.feed(TOKENS)
     assert session.tokens_seen == 2
     for name, view in other.state.front.items():
@@ -287,10 +288,10 @@ def test_a_call_that_fails_once_loses_nothing(engine: goslet.Engine, machine: tu
     other.feed(TOKENS)
     session.feed(TOKENS)
     cuda.fail["cuStreamSynchronize"] = (0, OUT_OF_MEMORY)
-    with pytest.raises(BackendError, match=r"token count: .*OUT_OF_MEMORY.*as it was; try again"):
+    with pytest.raises(BackendError, match=r"token count: .*OUT_OF_MEMORY.*whole, after 5 tokens"):
         _ = session.tokens_seen
     cuda.fail["cuMemcpyDtoHAsync_v2"] = (0, OUT_OF_MEMORY)
-    with pytest.raises(BackendError, match=r"the state: .*OUT_OF_MEMORY.*as it was; try again"):
+    with pytest.raises(BackendError, match=r"the state: .*OUT_OF_MEMORY.*whole, after 5 tokens"):
         _ = session.state.front
     assert session.tokens_seen == len(TOKENS)
     np.testing.assert_array_equal(session.feed([7]), other.feed([7]))
@@ -398,6 +399,44 @@ def test_garbage_is_not_collected_within_a_capture(
     assert gc.isenabled() and not cuda.broken_captures
 
 
+def test_a_step_whose_end_is_not_seen_has_run(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
+    cuda, _ = machine
+    session = engine.session()
+    session.feed(TOKENS[:2])
+
+    def fail_to_wait() -> None:
+        cuda.fail["cuStreamSynchronize"] = (0, OUT_OF_MEMORY)
+
+    cuda.before["cuGraphLaunch"] = fail_to_wait
+    with pytest.raises(BackendError, match=r"OUT_OF_MEMORY.*whole, after 3 tokens"):
+        session.feed([7])
+    other = engine.session()
+    other.feed([*TOKENS[:2], 7])
+    assert session.tokens_seen == 3
+    np.testing.assert_array_equal(session.feed([9]), other.feed([9]))
+
+
+def test_captures_of_two_threads_do_not_collect_in_each_other(
+    engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]
+) -> None:
+    cuda, _ = machine
+    queue, collects = cuda._cuMemcpyHtoDAsync_v2, []
+
+    def watched(*arguments: Any) -> None:
+        if arguments[-1].value in cuda.capturing:
+            time.sleep(0.01)
+            collects.append(gc.isenabled())
+        queue(*arguments)
+
+    cuda._cuMemcpyHtoDAsync_v2 = watched  # type: ignore[method-assign]
+    threads = [threading.Thread(target=engine.session) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(collects) >= 8 and not any(collects) and gc.isenabled()
+
+
 def test_a_batch_that_fails_moves_nobody(engine: goslet.Engine, machine: tuple[FakeCuda, FakeTensorRT]) -> None:
     sessions = [engine.session() for _ in range(3)]
     for index, session in enumerate(sessions):
@@ -475,6 +514,12 @@ def test_a_plan_that_fits_is_taken_where_another_does_not(path: Path, machine: t
     local, machine[1].in_place = write_fake_plan(path, device="", capability="")
     rtx = local.rename(planfile.plan_path(path, "rtx"))
     write_fake_plan(path, device="Thor")
+    with goslet.open(path, backend="trt") as engine:
+        assert engine.session().feed(TOKENS).shape == (256,)
+    local.write_bytes(local.read_bytes()[:-1])
+    with goslet.open(path, backend="trt") as engine:
+        assert engine.session().feed(TOKENS).shape == (256,)
+    write_fake_plan(path, plugin_version=1)  # whose library is not there
     with goslet.open(path, backend="trt") as engine:
         assert engine.session().feed(TOKENS).shape == (256,)
     rtx.unlink()
