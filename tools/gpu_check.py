@@ -20,6 +20,7 @@ tools/, built where TensorRT's headers are:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import shutil
@@ -42,6 +43,7 @@ LARGE_COPIES = (1 << 28, 1 << 30)  # bytes moved
 BUSY_CYCLES = 2_000_000  # of a GPU, about a millisecond
 SHAPES = {"0.1B": (768, 12), "0.4B": (1024, 24), "1.5B": (2048, 24), "2.9B": (2560, 32)}
 VOCABULARY = 65536
+BUILD_LIMIT_S = 300
 SANITIZER_LIMIT_S = 75
 SANITIZER_ERRORS = 99
 
@@ -202,13 +204,29 @@ def build(report: Report, folder: Path, capability: str) -> Path:
     """The library for this GPU."""
     library = folder / "libgoslet_cuda.so"
     begin_s = time.monotonic()
-    made = subprocess.run(
-        [str(ROOT / "tools/build_cuda"), str(library), capability], capture_output=True, text=True, timeout=400
-    )
-    if made.returncode:
-        raise RuntimeError(made.stderr[-2000:])
+    code, said = run_group([str(ROOT / "tools/build_cuda"), str(library), capability], BUILD_LIMIT_S)
+    if code:
+        raise RuntimeError(said[-2000:])
     report.add("build", "passed", seconds=round(time.monotonic() - begin_s, 1), target=f"sm_{capability}")
     return library
+
+
+def run_group(command: list[str], limit_s: float, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    """A command's status and what it says; however this ends, nothing that it started goes on.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than `limit_s`.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+        return process.returncode, output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def sanitize(report: Report, library: Path) -> None:
@@ -225,24 +243,15 @@ def sanitize(report: Report, library: Path) -> None:
             command += ["--error-exitcode", str(SANITIZER_ERRORS), sys.executable, __file__, "--library", str(library)]
             command += ["--only-checks", "--small", "--out", f"{folder}/report.json"]
             begin_s = time.monotonic()
-            # With all that it starts, or what is checked would go on using the GPU after the time is up.
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
             try:
-                output, errors = process.communicate(timeout=SANITIZER_LIMIT_S)
+                code, output = run_group(command, SANITIZER_LIMIT_S, environment)
             except subprocess.TimeoutExpired:
                 reason = f"it took longer than {SANITIZER_LIMIT_S} s"
                 report.add(f"compute-sanitizer {tool}", "not run", reason=reason)
                 continue
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            status, summary = sanitizer_verdict(process.returncode, output)
+            status, summary = sanitizer_verdict(code, output)
             report.add(
-                f"compute-sanitizer {tool}", status, summary=summary or (output + errors)[-300:],
+                f"compute-sanitizer {tool}", status, summary=summary or output[-300:],
                 seconds=round(time.monotonic() - begin_s, 1),
             )  # fmt: skip
 
@@ -398,6 +407,8 @@ def measure(checks: Checks, quick: bool) -> None:
 
 
 if __name__ == "__main__":
+    # What has its own session outlives a signal that nobody turns into an exception.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
