@@ -108,12 +108,12 @@ def build_plan(
     form = weights or ("qdq" if plain else "plugin")
     elsewhere = target in ELSEWHERE
     source = Path(engine)
-    if output is not None:
-        check_output(output, overwrite)  # as it was written: a Path forgets a slash at the end
     path = beside(source, f"{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
     if elsewhere:
         _check_name(_data_path(path))
-    for made in (path, _data_path(path)) if elsewhere else (path,):
+    # The output as it was written: a Path forgets a slash at the end.
+    named = path if output is None else output
+    for made in (named, _data_path(path)) if elsewhere else (named,):
         check_output(made, overwrite)
         if os.path.realpath(made) == os.path.realpath(source):
             raise OutputError("is also the engine", file=made, remedy="choose another name")

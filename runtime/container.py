@@ -52,10 +52,11 @@ from .output import check_output as check_output
 ALIGNMENT_BYTES = 4096
 MAGIC_BYTES = 8
 # What people give by mistake.
+_CHECKPOINTS = {b"PK": "a checkpoint (.pth) or another zip file", b"GGUF": "a GGUF checkpoint"}
+_ENGINE = b"\x89GOSL"
 _OTHERS = {
-    b"PK": "a checkpoint (.pth) or another zip file",
-    b"GGUF": "a GGUF checkpoint",
-    b"\x89GOSL": "a goslet engine file",
+    **_CHECKPOINTS,
+    _ENGINE: "a goslet engine file",
     b"GOSLETST": "a goslet state file",
     b"GOSLPLAN": "a goslet TensorRT plan",
     b"GOSLETMO": "goslet's moments of a model's activations",
@@ -437,15 +438,15 @@ def _check_prefix(prefix: bytes, file_bytes: int, magic: bytes, version: int, ki
             raise WrongMagicError(
                 "was changed as if it were text", file=shown, place="magic", remedy="copy it again as binary"
             )
-        wants_engine = _OTHERS.get(magic[:5]) is not None
         what = next((what for form, what in _OTHERS.items() if start.startswith(form)), None)
+        compiles = magic.startswith(_ENGINE) and start.startswith(tuple(_CHECKPOINTS))
         raise WrongMagicError(
             f"is not a goslet {kind}",
             file=shown,
             place=None if what else "magic",
             expected=None if what else magic.hex(" "),
             found=what or start.hex(" "),
-            remedy="compile it first: goslet export" if what and "checkpoint" in what and wants_engine else None,
+            remedy="compile it first: goslet export" if compiles else None,
         )
     if len(prefix) < _PREFIX.size:
         raise TruncatedError(

@@ -125,8 +125,7 @@ def residual_of(file: EngineFile, name: str) -> Residual | None:
             found=int(kept_inputs.max()),
             remedy="export the engine again",
         )
-    residual = Residual(read(DOWN, UP), read(UP, DOWN), read(KEPT, KEPT_INPUTS), kept_inputs)
-    return residual
+    return Residual(read(DOWN, UP), read(UP, DOWN), read(KEPT, KEPT_INPUTS), kept_inputs)
 
 
 def effective_weight(file: EngineFile, name: str) -> Float32Array:

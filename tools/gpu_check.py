@@ -30,7 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,52 @@ def replay_time_s(torch: Any, calls: Sequence[Callable[[], object]], repeats: in
     return float(statistics.median(times))
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a model in one format."""
+
+    name: str
+    n_in: int
+    n_out: int
+    bits: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.name} int{self.bits} g{self.group}"
+
+    @property
+    def padded_in(self) -> int:
+        """The inputs that are stored."""
+        padded: int = cuda_layout().padded_inputs(self.n_in)
+        return padded
+
+    @property
+    def size_bytes(self) -> int:
+        """Of weights and scales."""
+        return self.n_out * (self.padded_in * self.bits // 8 + 2 * self.padded_in // self.group)
+
+    def random_weights(self, torch: Any, device: str) -> tuple[Any, Any]:
+        """Weights and scales, packed: any bytes are some numbers."""
+        shape = (self.n_out, self.padded_in * self.bits // 8)
+        weights = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+        return weights, (0.01 * torch.rand(self.n_out, self.padded_in // self.group, device=device)).half()
+
+
+def matrices(size: str, formats: Sequence[tuple[int, int]]) -> Iterator[Matrix]:
+    """The matrices of a model in each format, bits and group."""
+    width, _ = SHAPES[size]
+    shapes = {"D x D": (width, width), "ffn.key": (width, 4 * width), "ffn.value": (4 * width, width)}
+    shapes["head"] = (width, VOCABULARY)
+    for bits, group in formats:
+        for name, (n_in, n_out) in shapes.items():
+            yield Matrix(name, n_in, n_out, bits, group)
+
+
+def n_inputs(size_bytes: int, l2_bytes: int) -> int:
+    """How many different inputs of a size no cache holds."""
+    return max(4, min(MAX_INPUTS, -(-L2_MULTIPLE * l2_bytes // size_bytes)))
+
+
 class Speeds:
     """Bandwidth of each kernel, over enough different inputs that no cache holds them."""
 
@@ -81,7 +128,7 @@ class Speeds:
         self.torch = checks.torch
         self.device = checks.kernels.device
         self.repeats = 7 if quick else 15
-        self.at_least_bytes = L2_MULTIPLE * checks.report.machine["l2_bytes"]
+        self.l2_bytes: int = checks.report.machine["l2_bytes"]
         self.copies = {size_bytes: self.copy_bandwidth(size_bytes, 2) for size_bytes in LARGE_COPIES}
 
     @property
@@ -101,7 +148,7 @@ class Speeds:
 
     def note(self, name: str, size_bytes: int, make: Callable[[], Callable[[], None]], **more: Any) -> None:
         """Time calls on different inputs and compare with copies that move as many bytes."""
-        count = max(4, min(MAX_INPUTS, -(-self.at_least_bytes // size_bytes)))
+        count = n_inputs(size_bytes, self.l2_bytes)
         time_s = replay_time_s(self.torch, [make() for _ in range(count)], self.repeats) / count
         if size_bytes not in self.copies:
             self.copies[size_bytes] = self.copy_bandwidth(size_bytes, count)
@@ -124,38 +171,22 @@ class Speeds:
 
     def products(self, size: str, rows: tuple[int, ...], formats: tuple[tuple[int, int], ...]) -> None:
         """The matrices of a model."""
-        width, _ = SHAPES[size]
-        torch, kernels, layout = self.torch, self.checks.kernels, self.checks.layout
-        matrices = {"D x D": (width, width), "ffn.key": (width, 4 * width), "ffn.value": (4 * width, width)}
-        matrices["head"] = (width, VOCABULARY)
-        for bits, group in formats:
-            for matrix, (n_in, n_out) in matrices.items():
-                padded = layout.padded_inputs(n_in)
-                size_bytes = n_out * (padded * bits // 8 + 2 * padded // group)
-                for n_rows in rows:
-                    # As in a step, where they have just been written: the weights alone come from memory.
-                    x = torch.randn(n_rows, n_in, device=self.device, dtype=torch.float16)
+        torch, kernels = self.torch, self.checks.kernels
+        for matrix in matrices(size, formats):
+            for n_rows in rows:
+                # As in a step, where they have just been written: the weights alone come from memory.
+                x = torch.randn(n_rows, matrix.n_in, device=self.device, dtype=torch.float16)
 
-                    def make(
-                        x: Any = x,
-                        n_out: int = n_out,
-                        bits: int = bits,
-                        group: int = group,
-                        n_rows: int = n_rows,
-                        padded: int = padded,
-                    ) -> Callable[[], None]:
-                        weights = torch.randint(
-                            0, 256, (n_out, padded * bits // 8), device=self.device, dtype=torch.uint8
-                        )
-                        scales = torch.rand(n_out, padded // group, device=self.device).half()
-                        y = torch.empty(n_rows, n_out, device=self.device, dtype=torch.float16)
-                        return lambda: kernels.product(F16, bits, group, n_out, x, weights, scales, y)
+                def make(matrix: Matrix = matrix, x: Any = x) -> Callable[[], None]:
+                    weights, scales = matrix.random_weights(torch, self.device)
+                    y = torch.empty(len(x), matrix.n_out, device=self.device, dtype=torch.float16)
+                    return lambda: kernels.product(F16, matrix.bits, matrix.group, matrix.n_out, x, weights, scales, y)
 
-                    self.note(
-                        f"{size} {matrix} int{bits} g{group}, rows {n_rows}", size_bytes, make,
-                        kernel="product", size=size, matrix=matrix, bits=bits, group=group, rows=n_rows,
-                    )  # fmt: skip
-                    torch.cuda.empty_cache()
+                self.note(
+                    f"{size} {matrix}, rows {n_rows}", matrix.size_bytes, make,
+                    kernel="product", size=size, matrix=matrix.name, bits=matrix.bits, group=matrix.group, rows=n_rows,
+                )  # fmt: skip
+                torch.cuda.empty_cache()
 
     def recurrences(self, size: str, batches: tuple[int, ...]) -> None:
         """The state updates of a model's layer, in place."""

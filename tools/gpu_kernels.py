@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def run_part(report: Report, name: str, part: Callable[[], object]) -> None:
     report.write()
 
 
+@cache
 def cuda_layout() -> Any:
     """`goslet.cuda_layout` from its file: goslet need not be installed here."""
     spec = importlib.util.spec_from_file_location("cuda_layout", ROOT / "runtime/cuda_layout.py")

@@ -21,16 +21,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_check
-from gpu_check import BUILD_LIMIT_S, L2_MULTIPLE, describe, open_kernels, run_group
-from gpu_kernels import F16, FLOAT_SUMS, OUTPUT_ROUNDING, ROOT, Kernels, cuda_layout
+from gpu_check import BUILD_LIMIT_S, describe, matrices, n_inputs, open_kernels, run_group
+from gpu_kernels import F16, FLOAT_SUMS, OUTPUT_ROUNDING, ROOT, Kernels
 
 PRODUCT = Path("csrc/kernels/cuda/product.cu")
 # What is tried for each, the source's own value among them.
@@ -38,17 +36,6 @@ CONSTANTS = {"kUsualSplitBits": (1, 2, 3), "kBusyWarps": (1024, 2048, 4096), "kS
 FORMATS = ((4, 32), (4, 128), (8, 32), (8, 128))
 SIZES = ("1.5B", "2.9B")
 REPEATS = 9
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of a model in one format."""
-
-    name: str
-    n_in: int
-    n_out: int
-    bits: int
-    group: int
 
 
 def own_constants(source: str) -> dict[str, int]:
@@ -84,15 +71,6 @@ def combinations(own: dict[str, int], *, quick: bool) -> list[dict[str, int]]:
     return [own, *others]
 
 
-def matrices() -> Iterator[Matrix]:
-    """What is timed."""
-    for size, (bits, group) in itertools.product(SIZES, FORMATS):
-        width, _ = gpu_check.SHAPES[size]
-        shapes = {"D x D": (width, width), "ffn.key": (width, 4 * width), "ffn.value": (4 * width, width)}
-        for name, (n_in, n_out) in {**shapes, "head": (width, gpu_check.VOCABULARY)}.items():
-            yield Matrix(f"{size} {name} int{bits} g{group}", n_in, n_out, bits, group)
-
-
 def build(folder: Path, constants: dict[str, int], capability: str) -> Path:
     """A library with these constants.
 
@@ -116,38 +94,30 @@ def tune(torch: Any, libraries: list[Kernels], device: str, l2_bytes: int) -> di
     """Microseconds of each matrix with each library.
 
     Raises:
-        RuntimeError: a library computes something else than float64.
+        RuntimeError: a library computes something else than the first.
     """
-    layout = cuda_layout()
     times_us: dict[str, list[float]] = {}
-    for matrix in matrices():
-        padded = layout.padded_inputs(matrix.n_in)
-        size_bytes = matrix.n_out * (padded * matrix.bits // 8 + 2 * padded // matrix.group)
+    named = {f"{size} {matrix}": matrix for size in SIZES for matrix in matrices(size, FORMATS)}
+    for name, matrix in named.items():
         x = torch.randn(1, matrix.n_in, device=device).half()
         y = torch.empty(1, matrix.n_out, device=device, dtype=torch.float16)
-        copies = [
-            (
-                torch.randint(0, 256, (matrix.n_out, padded * matrix.bits // 8), device=device, dtype=torch.uint8),
-                (torch.rand(matrix.n_out, padded // matrix.group, device=device) * 0.01).half(),
-            )
-            for _ in range(max(4, -(-L2_MULTIPLE * l2_bytes // size_bytes)))
-        ]
-        results, times_us[matrix.name] = [], []
+        copies = [matrix.random_weights(torch, device) for _ in range(n_inputs(matrix.size_bytes, l2_bytes))]
+        results, times_us[name] = [], []
         for kernels in libraries:
             calls = [
                 partial(kernels.product, F16, matrix.bits, matrix.group, matrix.n_out, x, weights, scales, y)
                 for weights, scales in copies
             ]
             time_s = gpu_check.replay_time_s(torch, calls, REPEATS)
-            times_us[matrix.name].append(time_s / len(calls) * 1e6)
+            times_us[name].append(time_s / len(calls) * 1e6)
             calls[0]()
             results.append(y.double())
         # The source's own kernel is held to float64 by gpu_check; another order of sums moves a result this far.
         limit = (FLOAT_SUMS * math.sqrt(matrix.n_in) + 2 * OUTPUT_ROUNDING[F16]) * float(results[0].abs().max())
         for index, result in enumerate(results):
             if not float((result - results[0]).abs().max()) <= limit:
-                raise RuntimeError(f"{matrix.name}: library {index} computes something else than the source's")
-        print(f"  {matrix.name:<28} {min(times_us[matrix.name]):8.2f} us at best", flush=True)
+                raise RuntimeError(f"{name}: library {index} computes something else than the source's")
+        print(f"  {name:<28} {min(times_us[name]):8.2f} us at best", flush=True)
     return times_us
 
 

@@ -24,6 +24,9 @@ extern "C" {
 // Grows with every change of this interface or of a layout that it documents.
 #define GOSLET_CUDA_VERSION 1
 
+// What the inputs of quantized weights are padded to a multiple of.
+#define GOSLET_CUDA_PADDED_TO 128
+
 // A cudaStream_t; null is the default stream.
 typedef void* goslet_cuda_stream;
 
@@ -74,8 +77,8 @@ GOSLET_CUDA_API int goslet_cuda_wkv7(goslet_cuda_type type, goslet_cuda_type sta
 // and bf16 the products are those of the tensor cores, exact before they are added. There are no products with 3 bits:
 // goslet's int3 goes in as the same numbers in 4.
 //
-// n_in is padded to the next multiple of 128, the numbers there are zero (their halves 8) and so are their scales.
-// Words of 32 bits are little-endian.
+// n_in is padded to the next multiple of GOSLET_CUDA_PADDED_TO, the numbers there are zero (their halves 8) and so are
+// their scales. Words of 32 bits are little-endian.
 //
 //   weights   an output's numbers after another's. 4 bits: 64 bytes for every 128 inputs; word 4c + j of these holds
 //             inputs 32j + 8c to 32j + 8c + 7, each as the number plus 8: bits 4i to 4i + 3 the one at 2i, bits 4i + 16

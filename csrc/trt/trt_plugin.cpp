@@ -32,7 +32,7 @@ constexpr const char* kNamespace = "";
 constexpr int kMaxInputs = 7;
 constexpr int kMaxOutputs = 4;
 constexpr std::int64_t kMaxProductRows = 8;
-constexpr std::int64_t kPaddedTo = 128;
+constexpr std::int64_t kPaddedTo = GOSLET_CUDA_PADDED_TO;
 
 struct Call {
     const PluginTensorDesc* input_descs;

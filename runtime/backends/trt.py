@@ -70,9 +70,9 @@ class TrtBackend(Backend):
 
     def __init__(self, file: EngineFile) -> None:
         self._driver = Driver()  # first: without a device neither a plan nor TensorRT would help
-        with _open_plan(file) as plan:
+        opened, trt, library = _open_plan(file)
+        with opened as plan:
             key, path = plan.key, plan.path
-            trt = _import(key.runtime, path)
             self._logger = _logger(trt)
             try:
                 self._runtime = trt.Runtime(self._logger)
@@ -83,15 +83,13 @@ class TrtBackend(Backend):
                     found=self._logger.take() or first_line(error),
                     remedy="install the driver and the CUDA that this TensorRT names, or use backend native",
                 ) from error
-            if key.plugin_version:
-                library = find_plugin(Path(file.path))
-                if self._runtime.get_plugin_registry().load_library(str(library)) is None:
-                    raise BackendUnavailableError(
-                        "is no plugin library for this TensorRT",
-                        file=library,
-                        found=self._logger.take(),
-                        remedy="build it here: tools/build_cuda --plugin",
-                    )
+            if library is not None and self._runtime.get_plugin_registry().load_library(str(library)) is None:
+                raise BackendUnavailableError(
+                    "is no plugin library for this TensorRT",
+                    file=library,
+                    found=self._logger.take(),
+                    remedy="build it here: tools/build_cuda --plugin",
+                )
             self._engine = self._runtime.deserialize_cuda_engine(plan.plan)
             if self._engine is None:
                 raise BackendError(
@@ -372,8 +370,9 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _open_plan(file: EngineFile) -> PlanFile:
-    """The best plan of an engine that fits what there is here; what is wrong with the first where none does."""
+def _open_plan(file: EngineFile) -> tuple[PlanFile, Any, Path | None]:
+    """The best plan of an engine that fits what there is here, and what it needs, as `_needs`; where none fits, what is
+    wrong with the first is raised."""
     engine = Path(file.path)
     paths = [plan_path(engine, target) for target in RUNNABLE_TARGETS]
     problem: GosletError | None = None
@@ -381,11 +380,10 @@ def _open_plan(file: EngineFile) -> PlanFile:
         try:
             plan = PlanFile(path)
             try:
-                _check_plan(plan, file)
+                return plan, *_needs(plan, file)
             except BaseException:
                 plan.close()
                 raise
-            return plan
         except (BackendUnavailableError, DependencyError, ContainerError) as error:
             problem = problem or error
     if problem is not None:
@@ -398,15 +396,19 @@ def _open_plan(file: EngineFile) -> PlanFile:
     )
 
 
-def _check_plan(plan: PlanFile, file: EngineFile) -> None:
+def _needs(plan: PlanFile, file: EngineFile) -> tuple[Any, Path | None]:
+    """TensorRT's module and the library of plugins, or None, that a plan runs with; raises where it does not fit."""
     plan.check(model_id=file.model_id, weights_sha256=file.weights_sha256, batch=1)
-    plan.check(tensorrt_version=_import(plan.key.runtime, plan.path).__version__)
+    trt = _import(plan.key.runtime, plan.path)
+    plan.check(tensorrt_version=trt.__version__)
     device = gpu()
     if device is not None:
         plan.check(capability=device.capability, device=device.name)
-    if plan.key.plugin_version:
-        find_plugin(Path(file.path))
-        plan.check(plugin_version=PLUGIN_VERSION)
+    if not plan.key.plugin_version:
+        return trt, None
+    library = find_plugin(Path(file.path))
+    plan.check(plugin_version=PLUGIN_VERSION)
+    return trt, library
 
 
 def _import(runtime: str, plan: Path) -> Any:

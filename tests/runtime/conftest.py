@@ -12,6 +12,7 @@ from programs import build_csrc
 
 import goslet
 from goslet import cli
+from goslet.backends import cuda_driver
 from goslet.commands import console
 
 from . import capi
@@ -30,6 +31,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Outcome(code, *capsys.readouterr())
 
     return run_command
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a CUDA driver, wherever the tests run."""
+    monkeypatch.setattr(cuda_driver, "open_library", lambda: ctypes.CDLL("no_such_library.so"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import pty
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 import goslet
-from goslet.backends import cuda_driver
 from goslet.chat import BUILT_IN
 from goslet.commands import chat
 from goslet.tokenizer import BytesTokenizer
@@ -120,10 +118,8 @@ def test_run_keeps_files_that_are_no_states(run: Run, tiny_engine: Path, tmp_pat
     assert outcome.out == ""
 
 
-def test_backends_and_devices_that_are_not_there(run: Run, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        cuda_driver, "open_library", lambda: ctypes.CDLL("no_such_library.so")
-    )  # also on a GPU's machine
+@pytest.mark.usefixtures("without_cuda")
+def test_backends_and_devices_that_are_not_there(run: Run, tiny_engine: Path) -> None:
     for flags in (["--backend", "trt"], ["--device", "cuda"], ["--backend", "ort", "--device", "cuda"]):
         outcome = run("run", tiny_engine, "-p", "a", *flags)
         assert_one_line_error(outcome, 1, "no CUDA driver" if "trt" in flags else flags[-1])

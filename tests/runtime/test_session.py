@@ -5,7 +5,6 @@ What every backend must do is tested on every backend.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 
 import goslet
 from goslet import state
-from goslet.backends import cuda_driver, native, ort, ort_cuda, trt
+from goslet.backends import native, ort, ort_cuda, trt
 from goslet.errors import (
     BackendError,
     BackendUnavailableError,
@@ -567,12 +566,8 @@ def test_a_bad_tokenizer_names_the_engine_file(tokenizer: tuple, tiny_engine: Pa
         ({"backend": "ort", "device": "cuda"}, "no CUDA provider.*onnxruntime-gpu"),
     ],
 )
-def test_backend_or_device_that_is_not_there(
-    arguments: dict, words: str, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        cuda_driver, "open_library", lambda: ctypes.CDLL("no_such_library.so")
-    )  # also on a GPU's machine
+@pytest.mark.usefixtures("without_cuda")
+def test_backend_or_device_that_is_not_there(arguments: dict, words: str, tiny_engine: Path) -> None:
     with pytest.raises(BackendUnavailableError, match=words):
         goslet.open(tiny_engine, **arguments)
 

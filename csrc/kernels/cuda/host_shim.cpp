@@ -117,8 +117,7 @@ void put_in_order(Items& items, std::mt19937& random) {
 }
 
 // Gives each of some threads a turn; whether any of them could take it.
-template <typename Threads>
-bool take_turns(const Threads& turns) {
+bool take_turns(const std::vector<int>& turns) {
     bool ran = false;
     for (const int thread : turns) {
         Fiber& fiber = fibers[static_cast<std::size_t>(thread)];

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kMaxRows = 8;
 constexpr std::int64_t kMaxDimension = 1 << 20;
-constexpr int kPaddedTo = 128;
+constexpr int kPaddedTo = GOSLET_CUDA_PADDED_TO;
 constexpr int kTile = 16;
 constexpr int kMaxWarps = 16;
 // Four warps share a tile, and up to sixteen where there are fewer of them than keep a large GPU busy. Measured on an
