@@ -22,6 +22,8 @@ from ..models.tensors import Shape
 from .stored import ConvertedTensor, StoredModel, StoredTensor, shares, turned
 
 _READABLE = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K"})
+# Those that lie in the file as numpy arrays; all others are blocks of bytes that only gguf's tables know.
+_PLAIN_NUMBERS = frozenset({"F32", "F16"})
 _TOP = {"token_embd": "emb", "token_embd_norm": "blocks.0.ln0", "output_norm": "ln_out", "output": "head"}
 _BLOCK = {"attn_norm": "ln1", "attn_norm_2": "ln2", "time_mix_ln": "att.ln_x"}
 _MATRIX = re.compile(r"(time|channel)_mix_(key|value|receptance|output|gate)", re.ASCII)
@@ -58,6 +60,10 @@ class _GgufTensor:
         return self.dtype in _READABLE
 
     def read(self, rows: slice) -> Tensor:
+        """Some rows in float32, whatever the order of their bytes."""
+        if self.dtype in _PLAIN_NUMBERS:
+            # The mapped array knows the order of its bytes, which gguf's own conversion drops.
+            return torch.from_numpy(np.array(self.data[rows], np.float32))
         from gguf.quants import dequantize
 
         return torch.from_numpy(np.array(dequantize(self.data[rows], self.kind), np.float32))
@@ -99,6 +105,7 @@ def read_gguf(path: Path) -> StoredModel:
     if type(head_size) is not int or head_size < 1 or type(rescale) is not int or rescale < 0:
         raise CheckpointError("has no size of heads", file=path, place=f"{architecture}.wkv.head_size", found=head_size)
     _check_places(reader, path)
+    _check_byte_order(reader, path)
     tensors: dict[str, StoredTensor] = {}
     for item in reader.tensors:
         stored = _GgufTensor(item.data, item.tensor_type, tuple(int(size) for size in reversed(item.shape.tolist())))
@@ -138,6 +145,22 @@ def _check_places(reader: Any, path: Path) -> None:
             found=f"{end} bytes",
             remedy="check that the download is complete",
         )
+
+
+def _check_byte_order(reader: Any, path: Path) -> None:
+    """Blocks in a file of the other byte order are refused: some writers swap the scales inside them, others do not."""
+    if reader.byte_order == "I":
+        return
+    for item in reader.tensors:
+        if item.tensor_type.name not in _PLAIN_NUMBERS:
+            raise CheckpointError(
+                f"is a {reader.endianess.name.lower()}-endian GGUF with quantized tensors, in which writers differ",
+                file=path,
+                place=item.name[:100],
+                expected="F32 or F16 in this byte order",
+                found=item.tensor_type.name,
+                remedy="convert the model again without --bigendian, or to F16",
+            )
 
 
 def _renamed(
