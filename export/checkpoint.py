@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Checkpoint:
         tokenizer: a vocabulary file that belongs to the model, where there is one.
         tuned_state: a tuned initial state that lies beside the model's tensors or in an adapter: ``time_state`` of its
             layers by their names in the file, or none.
+        notes: what the owner should know of how the file was read, a sentence each.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     rules: tuple[TensorRule, ...]
     tokenizer: Path | None
     tuned_state: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
     _tensors: Mapping[str, StoredTensor]
 
     @cached_property
@@ -151,9 +153,12 @@ def open_checkpoint(
         tensors = {name: tensor for name, tensor in model.tensors.items() if name not in tuned}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         version = recognise(shapes)
-        spec = _checked(version.read_spec(shapes, model.norm_eps if norm_eps is None else norm_eps))
+        spec = version.read_spec(shapes, model.norm_eps if norm_eps is None else norm_eps)
+        if model.layer_norm_eps is not None:
+            spec = replace(spec, layer_norm_eps=model.layer_norm_eps)
+        spec = _checked(spec)
         rules = version.tensor_rules(spec, shapes.keys())
-        checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, tensors)
+        checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, model.notes, tensors)
         _validate(checkpoint.sources, shapes, version.unused(spec))
         for name in checkpoint.sources:
             if not tensors[name].readable:

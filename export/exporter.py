@@ -59,6 +59,7 @@ class ExportReport:
         tokenizer_kind: ``world``, ``hf``, ``bytes`` or None.
         calibration_tokens: tokens that were read to calibrate, or None.
         duration_s: seconds that the export took.
+        notes: what the owner should know of how the checkpoint was read, a sentence each.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class ExportReport:
     tokenizer_kind: str | None
     calibration_tokens: int | None
     duration_s: float
+    notes: tuple[str, ...]
 
 
 def export_engine(
@@ -247,6 +249,7 @@ def export_engine(
             tokenizer_kind=engine.tokenizer_kind,
             calibration_tokens=engine.provenance.get("calibration_tokens"),
             duration_s=time.monotonic() - start_s,
+            notes=source.notes,
         )
 
 

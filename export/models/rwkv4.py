@@ -121,8 +121,8 @@ def unused(spec: ModelSpec) -> Collection[str]:
 def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, ...]:
     """Every tensor of an RWKV-4 engine; `shift_*` are 1 - time_mix_*, the share of the token before."""
     width, hidden = spec.n_embd, spec.n_ffn
-    rules = Rules(width)
-    rules.embedding(spec.vocab_size)
+    rules = Rules(spec)
+    rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
         rules.norm(f"blocks.{layer}.ln1")

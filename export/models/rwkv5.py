@@ -96,8 +96,8 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
     def spread(compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda tensor: compute(tensor).reshape(spec.n_head, -1).expand(spec.n_head, spec.head_size)
 
-    rules = Rules(width)
-    rules.embedding(spec.vocab_size)
+    rules = Rules(spec)
+    rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
         rules.norm(f"blocks.{layer}.ln1")

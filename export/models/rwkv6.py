@@ -78,8 +78,8 @@ def unused(spec: ModelSpec) -> Collection[str]:
 def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, ...]:
     """Every tensor of an RWKV-6 engine; `time_maa_k1` and `time_maa_k2` are the LoRA of k's share, and so on."""
     width, hidden, rank, decay_rank = spec.n_embd, spec.n_ffn, spec.ranks["mix"], spec.ranks["decay"]
-    rules = Rules(width)
-    rules.embedding(spec.vocab_size)
+    rules = Rules(spec)
+    rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
         rules.norm(f"blocks.{layer}.ln1")

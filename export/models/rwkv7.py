@@ -126,11 +126,11 @@ def unused(spec: ModelSpec) -> Collection[str]:
 def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, ...]:
     """Every tensor of an RWKV-7 engine, in the order of use."""
     width, hidden = spec.n_embd, spec.n_ffn
-    rules = Rules(width)
+    rules = Rules(spec)
     if spec.version == "7a":
         _deep_embedding(rules, spec)
     else:
-        rules.embedding(spec.vocab_size)
+        rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
         rules.norm(f"blocks.{layer}.ln1")

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import MissingTensorError, TensorShapeError
-from ...spec import EMBEDDING
+from ...spec import EMBEDDING, ModelSpec
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 # How a layer's tuned initial state ends in trainers' files; no version's model has a tensor of that name.
 TIME_STATE = ".att.time_state"
-# Every LayerNorm of every version.
+# Every LayerNorm of the authors' own models, whatever the version.
 LAYER_NORM_EPS = 1e-5
 
 
@@ -95,19 +95,20 @@ class Rules:
     """Collects a version's rules in the order of use; names without a shape of their own are vectors of the width.
 
     Args:
-        n_embd: the width D.
+        spec: the model.
     """
 
-    def __init__(self, n_embd: int) -> None:
-        self._width = n_embd
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._width = spec.n_embd
         self._rules: list[TensorRule] = []
 
-    def embedding(self, vocab_size: int) -> None:
+    def embedding(self) -> None:
         """The embedding, with ln0 applied to every row: it follows directly."""
-        width = self._width
+        width, vocab_size, eps = self._width, self._spec.vocab_size, self._spec.layer_norm_eps
 
         def derive(embedding: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-            return functional.layer_norm(embedding, (width,), scale, bias, LAYER_NORM_EPS)
+            return functional.layer_norm(embedding, (width,), scale, bias, eps)
 
         sources = (
             Source(EMBEDDING, (vocab_size, width), by_token=True),

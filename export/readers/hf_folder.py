@@ -84,7 +84,8 @@ def read_folder(path: Path) -> StoredModel:
             found=str(told)[:40],
         )
     vocabulary = next((path / name for name in _VOCABULARIES if (path / name).is_file()), None)
-    return StoredModel("hf", tensors, _norm_eps(config, path) if kind == "rwkv7" else None, vocabulary)
+    norm_eps = _norm_eps(config, path) if kind == "rwkv7" else None
+    return StoredModel("hf", tensors, norm_eps=norm_eps, tokenizer=vocabulary)
 
 
 def _read_json(path: Path, purpose: str) -> Mapping[str, Any]:

@@ -129,10 +129,14 @@ class StoredModel:
         format: ``"pth"``, ``"safetensors"``, ``"hf"`` or ``"gguf"``.
         tensors: every tensor by RWKV's own name.
         norm_eps: eps of the per-head group norm where the file says it.
+        layer_norm_eps: eps of every LayerNorm where the file says it.
         tokenizer: a vocabulary file that belongs to the model, where there is one.
+        notes: what the owner should know of how the file was read, a sentence each.
     """
 
     format: str
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     norm_eps: float | None = None
+    layer_norm_eps: float | None = None
     tokenizer: Path | None = None
+    notes: tuple[str, ...] = ()

@@ -159,6 +159,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             overwrite=args.force,
             progress=progress,
         )
+    for note in report.notes:
+        console.note(note)
     if report.calibration_tokens is not None:
         console.note(f"calibrated on {report.calibration_tokens:,} tokens")
     console.note(

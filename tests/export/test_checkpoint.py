@@ -5,13 +5,15 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 
-from random_checkpoint import random_rwkv7, save  # noqa: E402
+from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
 
 from goslet.errors import (  # noqa: E402
     CheckpointError,
@@ -21,6 +23,7 @@ from goslet.errors import (  # noqa: E402
     TensorValueError,
     UnsafeCheckpointError,
 )
+from goslet.export import checkpoint  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 
 SHAPE = {
@@ -32,6 +35,15 @@ SHAPE = {
     "rank_a": 5,
     "rank_v": 6,
     "rank_g": 7,
+}
+
+NARROW = {"n_layer": 2, "n_embd": 32, "vocab_size": 19}
+MAKERS = {
+    "4": partial(random_rwkv4, **NARROW),
+    "5.2": partial(random_rwkv5, "5.2", **NARROW, head_size=8),
+    "6": partial(random_rwkv6, **NARROW, head_size=8),
+    "7": partial(random_rwkv7, **SHAPE),
+    "7a": partial(random_rwkv7, **SHAPE, rank_s=3),
 }
 
 
@@ -305,3 +317,19 @@ def test_flipped_bits_give_typed_errors_or_a_model(tensors: dict[str, torch.Tens
             read_all(path)
         except CheckpointError as error:
             assert "x.pth" in str(error)
+
+
+@pytest.mark.parametrize("version", ["4", "5.2", "6", "7", "7a"])
+def test_what_a_reader_says_of_layer_norm_reaches_spec_and_embedding(
+    version: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save(MAKERS[version](), tmp_path / "x.pth")
+    told = replace(checkpoint.read_model(tmp_path / "x.pth"), layer_norm_eps=0.25, notes=("said by the file",))
+    monkeypatch.setattr(checkpoint, "read_model", lambda path: told)
+    with open_checkpoint(tmp_path / "x.pth") as source:
+        assert source.spec.layer_norm_eps == 0.25
+        assert source.notes == ("said by the file",)
+        embedding, weight, bias = (source.source(s) for s in source.rules[0].sources[:3])
+        width = source.spec.n_embd
+        expected = torch.nn.functional.layer_norm(embedding, (width,), weight, bias, 0.25)
+        assert torch.equal(source.tensor(source.rules[0])[:, :width], expected)
