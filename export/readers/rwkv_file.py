@@ -6,10 +6,11 @@ everything else; no code from the file runs.
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,42 +18,57 @@ from torch import Tensor
 
 from ...errors import CheckpointError, DependencyError, UnsafeCheckpointError, first_line
 from .stored import FloatTensor, StoredModel
+from .wrapped import one_level, own_names
+
+# What trainers keep beside a model, and what only holds values.
+_HARMLESS = [argparse.Namespace]
 
 
 def read_pth(path: Path) -> StoredModel:
     """The tensors of a ``.pth``.
 
     Raises:
-        CheckpointError: it is not a readable dictionary of plain tensors.
+        CheckpointError: it is not a readable dictionary of plain tensors, or holds several models.
         UnsafeCheckpointError: it is a pickle that would run code.
     """
-    return StoredModel("pth", {name: FloatTensor(tensor) for name, tensor in load_pth(path).items()})
+    tensors, notes = load_pth_level(path)
+    tensors, more = own_names(tensors, path)
+    return StoredModel("pth", {name: FloatTensor(tensor) for name, tensor in tensors.items()}, notes=notes + more)
 
 
 def read_safetensors(path: Path) -> StoredModel:
     """The tensors of a ``.safetensors`` file in RWKV's own names.
 
     Raises:
-        CheckpointError: it is not readable.
+        CheckpointError: it is not readable, or holds several models.
         DependencyError: safetensors is not installed.
     """
-    return StoredModel("safetensors", {name: FloatTensor(t) for name, t in load_safetensors(path).items()})
+    tensors, notes = own_names(load_safetensors(path), path)
+    return StoredModel("safetensors", {name: FloatTensor(tensor) for name, tensor in tensors.items()}, notes=notes)
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
-    """As `read_pth`, as torch's own tensors; for files of any names."""
+    """As `read_pth`, as torch's own tensors; for files of any names, which are kept."""
+    return load_pth_level(path)[0]
+
+
+def load_pth_level(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """As `load_pth`, and what there is to say about the rest of the file."""
     mapped = zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower() or "unsupported class" in str(error).lower():
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise UnsafeCheckpointError(
                 "is a pickle that does more than hold tensors, and goslet never runs code from a file",
                 file=path,
                 expected="a dictionary of tensors",
-                remedy="save its state_dict with torch.save, or as .safetensors",
+                found=wanted and f"a call of {wanted[1][:100]}",
+                remedy="where you trust who made it, load it with the program that saved it, and save its state_dict "
+                "alone with torch.save, or as .safetensors",
             ) from error
         raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
     except Exception as error:  # a damaged pickle can fail anywhere in torch
@@ -61,22 +77,10 @@ def load_pth(path: Path) -> dict[str, Tensor]:
             file=path,
             remedy="check that the download is complete",
         ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            "does not hold a dictionary of tensors", file=path, expected="name → tensor", found=type(content).__name__
-        )
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                "holds something that is not a tensor",
-                file=path,
-                place=str(name),
-                expected="a tensor",
-                found=type(tensor).__name__,
-                remedy="save the model's state_dict alone",
-            )
+    tensors, notes = one_level(content, path)
+    for name, tensor in tensors.items():
         _check_plain(name, tensor, path)
-    return dict(content)
+    return tensors, notes
 
 
 def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
@@ -96,7 +100,7 @@ def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """As `read_safetensors`, as torch's own tensors; for files of any names."""
+    """As `read_safetensors`, as torch's own tensors; for files of any names, which are kept."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
