@@ -150,6 +150,7 @@ def trace_step(
     proto = _traced(version, traced_spec, traced)
     repeat_last_layer(proto.graph, TRACED_LAYERS - 1, spec.n_layer)
     _join_inputs(proto.graph, spec)
+    _keep_products_apart(proto.graph)
     _store(proto.graph, {rule.name: formats[rule.name] for rule in read})
     for operator in version.OPERATORS:
         proto.functions.append(operator.function())
@@ -240,6 +241,21 @@ def _join_inputs(graph: GraphProto, spec: ModelSpec) -> None:
     graph.node.insert(1, split)
 
 
+def _keep_products_apart(graph: GraphProto) -> None:
+    """Write what is added to a product with a weight as Sum instead of Add.
+
+    They are one to ONNX, but ONNX Runtime joins MatMul and Add to a Gemm before it looks for products with dequantized
+    weights, which then are dequantized again at every step.
+    """
+    weights = {initializer.name for initializer in graph.initializer}
+    products = {
+        node.output[0] for node in graph.node if node.op_type == "MatMul" and not weights.isdisjoint(node.input)
+    }
+    for node in graph.node:
+        if node.op_type == "Add" and not products.isdisjoint(node.input):
+            node.op_type = "Sum"
+
+
 def _externalize(model: ir.Model, names: Mapping[str, str]) -> None:
     for attribute, name in names.items():
         value = model.graph.initializers.pop(attribute, None)
@@ -281,6 +297,9 @@ def _store(graph: GraphProto, formats: Mapping[str, WeightFormat]) -> None:
             makers[name] = helper.make_node("Cast", [name], [made], to=TensorProto.FLOAT, name=f"cast.{name}")
     del graph.initializer[:]
     graph.initializer.extend(initializers)
+    described = [value for value in graph.value_info if value.name not in formats]  # they say their types themselves
+    del graph.value_info[:]
+    graph.value_info.extend(described)
     nodes: list[NodeProto] = []
     placed = set()
     for node in graph.node:
@@ -306,11 +325,18 @@ def external_initializer(name: str, initializer: Initializer) -> TensorProto:
 
 
 def check_graph(graph: ModelProto) -> None:
-    """Run onnx.checker with full shape inference; external weights are checked as inputs, by type and shape.
+    """Run onnx.checker with full shape inference; initializers are checked as inputs, by type and shape.
 
     Raises:
         onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is not valid ONNX.
     """
+    initializers = {initializer.name: initializer for initializer in graph.graph.initializer}
+    for described in graph.graph.value_info:
+        if described.name in initializers:
+            tensor = initializers[described.name]
+            own = helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            if described.type != own.type:
+                raise onnx.shape_inference.InferenceError(f"value_info of {tensor.name} disagrees with the initializer")
     standalone = ModelProto()
     standalone.CopyFrom(graph)
     for initializer in standalone.graph.initializer:

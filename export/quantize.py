@@ -61,8 +61,8 @@ class Recipe:
 def recipe(quant: str, group: int = 32) -> Recipe:
     """The recipe behind a ``--quant`` name.
 
-    ``f16`` and ``bf16`` keep the embedding in f32, so that a checkpoint of the same 16 bits stays exact: with ln0 applied
-    its numbers are not the checkpoint's own. It takes twice the room, and no time: a step reads one row of it.
+    ``f16`` and ``bf16`` keep the embedding in f32, so that a checkpoint of the same 16 bits stays exact: with ln0
+    applied its numbers are not the checkpoint's own. It takes twice the room, and no time: a step reads one row of it.
 
     ``int4`` keeps LoRA and the embedding, of which a step reads one row, in int8: they cost next to nothing there.
     ``int3`` keeps them in int4, and the head too, which in int3 adds 43% to the divergence for 4% of the bits

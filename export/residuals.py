@@ -38,13 +38,12 @@ def add_to_graph(model: ModelProto, residuals: Mapping[str, Residual]) -> None:
             continue
         out = node.output[0]
         node.output[0] = f"{name}.plain"
-        total = node.output[0]
-        for index, (added, made) in enumerate(_parts(name, node.input[0], residual)):
+        terms = [node.output[0]]
+        for added, made in _parts(name, node.input[0], residual):
             nodes += made
-            is_last = index + 1 == (residual.down is not None) + (residual.kept is not None)
-            step = out if is_last else f"{name}.sum"
-            nodes.append(helper.make_node("Add", [total, added], [step], name=f"add.{added}"))
-            total = step
+            terms.append(added)
+        # Not Add: `goslet.export.graph` says why.
+        nodes.append(helper.make_node("Sum", terms, [out], name=f"sum.{name}"))
         for key, tensor in _tensors(name, residual).items():
             graph.initializer.extend(external_initializer(*item) for item in weight_initializers(key, *tensor).items())
     if left:

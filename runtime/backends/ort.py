@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # int8 activations: without them MatMulNBits runs at one token a second with int8 weights, as slowly as f32 with int4.
 ACCURACY_LEVEL = "4"
-# It would join a residual to the product before it, and so keep two of a layer's weights from becoming MatMulNBits.
+# It would join what is added to the product before it, and so keep two of a layer's weights from becoming MatMulNBits:
+# in engines that were made before `goslet.export.graph` wrote Sum there.
 DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 # No tensor's name begins with a dot, so none of them can take this one's place.
 MODEL_FILE = ".step.onnx"

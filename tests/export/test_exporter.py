@@ -20,7 +20,6 @@ import onnx  # noqa: E402
 from random_checkpoint import random_rwkv7, save  # noqa: E402
 
 import goslet  # noqa: E402
-from goslet.backends.ort import DISABLED_OPTIMIZERS  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import (  # noqa: E402
     GosletError,
@@ -145,10 +144,7 @@ def test_self_contained_onnx_equals_the_engine(one_layer: Path, tmp_path: Path) 
         assert model.graph.input[0].name == "token"
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        # The same products in the same order as the engine's session, so that results are equal.
-        alone = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
-        )
+        alone = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         with goslet.open(tmp_path / f"{quant}.goslet", backend="ort") as engine:
             session = engine.session()
             state = {f"state_in.{name}": view[None].copy() for name, view in session.state.front.items()}
