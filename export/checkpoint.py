@@ -26,7 +26,7 @@ from ..spec import ModelSpec
 from .adapters import Adapter, merged
 from .models import recognise
 from .models.blocks import Version
-from .models.tensors import TIME_STATE, Shape, Shapes, Source, TensorRule, squeezed
+from .models.tensors import TIME_STATE, Shape, Shapes, Source, TensorRule, squeezed, without_first_norm
 from .readers import StoredTensor, read_model
 
 NAMES_SHOWN = 5
@@ -158,6 +158,8 @@ def open_checkpoint(
             spec = replace(spec, layer_norm_eps=model.layer_norm_eps)
         spec = _checked(spec)
         rules = version.tensor_rules(spec, shapes.keys())
+        if not model.first_norm:
+            rules = tuple(without_first_norm(rule) for rule in rules)
         checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, model.notes, tensors)
         _validate(checkpoint.sources, shapes, version.unused(spec))
         for name in checkpoint.sources:

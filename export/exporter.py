@@ -115,7 +115,7 @@ def export_engine(
         tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means the
             one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
             engine that takes and gives token ids only.
-        norm_eps: eps of the per-head group norm; None is the version's own.
+        norm_eps: eps of the per-head group norm; None is the checkpoint's, or else the version's own.
         state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with;
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
         adapter: a LoRA, bone, DiSHA or state adapter, merged into the model (`goslet.export.adapters`).
@@ -212,6 +212,7 @@ def export_engine(
                     **({} if state is None else {"state": Path(state).name}),
                     **({} if change is None else {"adapter": change.path.name}),
                     **({} if alpha is None else {"alpha": alpha}),
+                    **({} if norm_eps is None else {"norm_eps": norm_eps}),
                     **({} if seen is None else {"calibration_tokens": seen.tokens.size}),
                     **({"method": GPTQ} if by_feedback else {}),
                     **({} if compensation is None else {"compensation": compensation.to_json()}),

@@ -94,7 +94,8 @@ class VerifyReport:
         backend: the backend that ran.
         n_tokens: tokens that were fed; 0 where the engine and the checkpoint cannot be compared.
         text: whether the tokens were text; otherwise they were random ids.
-        differences: what the engine records and the checkpoint is not: model id, dimensions, state or tensors.
+        differences: what the engine records and the checkpoint is not: dimensions and eps, each with both values, the
+            state, tensors or the model id.
         checks: comparisons with their limits.
         divergence: engine against the checkpoint's own weights, reported and not judged: mean KL divergence in bits per
             token, share of tokens whose likeliest successor is the same, and both losses in bits per token.
@@ -174,6 +175,7 @@ def verify_engine(
     device: str | None = None,
     threads: int | None = None,
     n_tokens: int = N_TOKENS,
+    norm_eps: float | None = None,
     adapter: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
     progress: Progress | None = None,
@@ -187,6 +189,7 @@ def verify_engine(
         device: as for `goslet.open`.
         threads: as for `goslet.open`.
         n_tokens: tokens to feed, at most.
+        norm_eps: the eps of the group norm that the engine was exported with, where that was told.
         adapter: the adapter that the engine was exported with.
         alpha: and its alpha.
         progress: called with a stage's name, the work done and all of it.
@@ -200,7 +203,7 @@ def verify_engine(
     change = read_adapter(adapter, alpha)
     with (
         open_engine(engine, backend=backend, device=device, threads=threads, check=True) as opened,
-        open_checkpoint(checkpoint, norm_eps=opened.spec.norm_eps, adapter=change) as source,
+        open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source,
     ):
         file, spec = opened.file, opened.spec
         differences = _differences(file, source)
@@ -238,13 +241,23 @@ def verify_engine(
 def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
     shapes = {rule.name: rule.shape for rule in source.rules}
     same = {
-        "dimensions": source.spec == file.spec,
         "state": source.version.state_spec(source.spec) == file.state_spec,
         "tensors": shapes
         == {name: entry.shape for name, entry in file.tensors.items() if not name.endswith(RESIDUALS)},
         MODEL_ID: source.model_id() == file.model_id,
     }
-    return tuple(name for name, equal in same.items() if not equal)
+    told = file.provenance.get("norm_eps")
+    recorded, read = file.spec.to_json(), source.spec.to_json()
+    return (
+        *(
+            f"{name} ({recorded[name]} in the engine, {read[name]} in the checkpoint"
+            + (f"; exported with --norm-eps {told}" if name == "norm_eps" and told is not None else "")
+            + ")"
+            for name in recorded
+            if recorded[name] != read[name]
+        ),
+        *(name for name, equal in same.items() if not equal),
+    )
 
 
 def weight_limit(chosen: WeightFormat) -> float:

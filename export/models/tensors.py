@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional
@@ -89,6 +89,13 @@ class TensorRule:
         if not self.is_matrix or self.kind is Kind.EMBEDDING:
             return "rows"
         return "columns" if self.input_sparse else "tiles"
+
+
+def without_first_norm(rule: TensorRule) -> TensorRule:
+    """A rule for a model that has no ln0: its embedding is what the checkpoint holds."""
+    if rule.name != EMBEDDING:
+        return rule
+    return replace(rule, sources=rule.sources[:1], derive=lambda embedding: embedding)
 
 
 class Rules:

@@ -13,7 +13,7 @@ from .stored import StoredModel, StoredTensor
 
 __all__ = ["StoredModel", "StoredTensor", "read_model"]
 
-_READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf, "hf": read_folder}
+_READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf}
 
 
 def read_model(path: Path) -> StoredModel:
@@ -22,7 +22,8 @@ def read_model(path: Path) -> StoredModel:
     Raises:
         CheckpointError: it is of none of the known forms, or not readable.
     """
-    return _READERS[_sniff(path)](path)
+    kind = _sniff(path)
+    return read_folder(path, read_model) if kind == "hf" else _READERS[kind](path)
 
 
 def _sniff(path: Path) -> str:

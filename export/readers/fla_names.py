@@ -19,12 +19,16 @@ from .stored import ConvertedTensor, StoredTensor, shares, turned
 Named = Iterator[tuple[str, StoredTensor]]
 
 _TOP = {
-    "model.embeddings.weight": "emb.weight",
-    "model.norm.weight": "ln_out.weight",
-    "model.norm.bias": "ln_out.bias",
+    "embeddings.weight": "emb.weight",
+    "norm.weight": "ln_out.weight",
+    "norm.bias": "ln_out.bias",
     "lm_head.weight": "head.weight",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.ASCII)
+# The model without its head is saved without this.
+_PREFIX = "model."
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)", re.ASCII)
+_OF_FLA = re.compile(r"(?:model\.)?layers\.\d+\.attn\.", re.ASCII)
+_OF_FLA7 = re.compile(_OF_FLA.pattern + r"(?:[rk]_k|k_a|x_x|[wavg]_lora\..+)", re.ASCII)
 _PARTS = {
     "pre_norm": "ln0",
     "attn_norm": "ln1",
@@ -64,6 +68,16 @@ _OWN_ORDER6 = "wkvrg"
 _LORA7 = re.compile(r"attn\.([wavg])_lora\.lora\.(0\.weight|2\.weight|2\.bias)", re.ASCII)
 _LORA7_PARTS = {"0.weight": "1", "2.weight": "2", "2.bias": "0"}
 _ORDER7 = "rwkvag"
+
+
+def is_fla7(name: str) -> bool:
+    """Whether a tensor's name is one that only RWKV-7 has there."""
+    return _OF_FLA7.fullmatch(name) is not None
+
+
+def is_fla(name: str) -> bool:
+    """Whether a tensor's name is that of an attention there, of any version."""
+    return _OF_FLA.match(name) is not None
 
 
 def from_fla7(name: str, stored: StoredTensor) -> Named:
@@ -120,8 +134,9 @@ def from_fla6(name: str, stored: StoredTensor) -> Named:
 
 def _place(name: str) -> tuple[str, str]:
     """A tensor's block in RWKV's own words, empty for one outside all layers, and the rest of its name."""
-    found = _LAYER.fullmatch(name)
-    return ("", _TOP.get(name, name)) if found is None else (f"blocks.{int(found[1])}", found[2])
+    inner = name.removeprefix(_PREFIX)
+    found = _LAYER.fullmatch(inner)
+    return ("", _TOP.get(inner, name)) if found is None else (f"blocks.{int(found[1])}", found[2])
 
 
 def _five(stored: StoredTensor, axis: int) -> tuple[int, int]:

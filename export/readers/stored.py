@@ -92,6 +92,19 @@ class ConvertedTensor:
         return self.convert(self.source.read(slice(None))).reshape(self.shape)[rows]
 
 
+@dataclass(frozen=True)
+class Zeros:
+    """A tensor that a file leaves out because all of it is zero."""
+
+    shape: Shape
+    dtype: str = "float32"
+    readable: bool = True
+
+    def read(self, rows: slice) -> Tensor:
+        """Some rows of it in float32."""
+        return torch.zeros(self.shape)[rows]
+
+
 def turned(source: StoredTensor) -> ConvertedTensor:
     """A matrix that the file holds the other way round.
 
@@ -132,6 +145,7 @@ class StoredModel:
         layer_norm_eps: eps of every LayerNorm where the file says it.
         tokenizer: a vocabulary file that belongs to the model, where there is one.
         notes: what the owner should know of how the file was read, a sentence each.
+        first_norm: whether the model has ln0, the norm of what comes out of the embedding.
     """
 
     format: str
@@ -140,3 +154,4 @@ class StoredModel:
     layer_norm_eps: float | None = None
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
+    first_norm: bool = True

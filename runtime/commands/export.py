@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--norm-eps",
         type=positive_number,
         metavar="E",
-        help="eps of the per-head group norm (default: the version's own)",
+        help="eps of the per-head group norm (default: the checkpoint's, else the version's own)",
     )
     parser.add_argument(
         "--state", metavar="FILE", help="begin with this tuned state, a .pth with time_state (versions 5 to 7)"

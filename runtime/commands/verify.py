@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .console import Console
 from .export import need_export_packages
-from .flags import add_adapter_flags, add_backend_flags
+from .flags import add_adapter_flags, add_backend_flags, positive_number
 
 if TYPE_CHECKING:
     from ..export.verify import VerifyReport
@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("engine", metavar="ENGINE", help="an engine file, from goslet export")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the checkpoint that it was exported from")
+    parser.add_argument(
+        "--norm-eps",
+        type=positive_number,
+        metavar="E",
+        help="eps of the per-head group norm that the engine was exported with (default: the checkpoint's)",
+    )
     add_adapter_flags(parser)
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     add_backend_flags(parser)
@@ -41,6 +47,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             backend=args.backend,
             device=args.device,
             threads=args.threads,
+            norm_eps=args.norm_eps,
             adapter=args.adapter,
             alpha=args.alpha,
             progress=progress,

@@ -2,7 +2,6 @@
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,9 @@ from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import CheckpointError, MissingTensorError, TensorShapeError  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
+from goslet.export.verify import verify_engine  # noqa: E402
+
+from .folder_forms import save_fla, save_fla6, save_old  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
 
@@ -42,106 +44,6 @@ def same_engine(one: Path, other: Path) -> None:
             assert bytes(x.data) == bytes(y.data), name
             assert (x.scales is None) == (y.scales is None)
             assert x.scales is None or y.scales is None or bytes(x.scales) == bytes(y.scales), name
-
-
-def save_fla(tensors: Tensors, folder: Path, *, head_dim: int = 64, shards: int = 1, fused: bool = False) -> None:
-    """As fla's converter writes an RWKV-7: https://github.com/fla-org/flash-linear-attention, convert_from_rwkv7.py."""
-    from safetensors.torch import save_file
-
-    parts = {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm", "att": "attn", "ffn": "ffn"}
-    inner = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "g_norm"}
-    top = {"emb.weight": "model.embeddings.weight", "head.weight": "lm_head.weight"}
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        if name.startswith("blocks.0.att.v") and name[-1] in "012":
-            continue
-        words = name.split(".")
-        if words[0] != "blocks":
-            renamed[top.get(name, name.replace("ln_out", "model.norm"))] = tensor
-            continue
-        words[0], words[2] = "model.layers", parts[words[2]]
-        if words[2] == "attn" and len(words[3]) == 2 and words[3][0] in "wavg" and words[3][1] in "012":
-            letter, number = words[3]
-            words[3] = f"{letter}_lora.lora." + {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[number]
-            tensor = tensor.T if number in "12" else tensor.reshape(-1)
-        elif words[2] == "attn":
-            words[3] = inner.get(words[3], words[3])
-        renamed[".".join(words)] = tensor
-    if fused:
-        for layer in range(SEVEN["n_layer"]):
-            names = [f"model.layers.{layer}.attn.x_{letter}" for letter in "rwkvag"]
-            renamed[f"model.layers.{layer}.attn.x_x"] = torch.cat([renamed.pop(name).reshape(1, -1) for name in names])
-    folder.mkdir()
-    config = {"model_type": "rwkv7", "norm_eps": 1e-5, "head_dim": head_dim}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_shards(renamed, folder, shards, save_file)
-
-
-def save_fla6(tensors: Tensors, folder: Path, *, shards: int = 1) -> None:
-    """As fla's converter writes an RWKV-6: the same repository, convert_from_rwkv6.py."""
-    from safetensors.torch import save_file
-
-    renamed: Tensors = {
-        "model.embeddings.weight": tensors["emb.weight"],
-        "lm_head.weight": tensors["head.weight"],
-        **{f"model.norm.{part}": tensors[f"ln_out.{part}"] for part in ("weight", "bias")},
-        **{f"model.layers.0.pre_norm.{part}": tensors[f"blocks.0.ln0.{part}"] for part in ("weight", "bias")},
-    }
-    for layer in range(SIX["n_layer"]):
-        theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
-        for their, own in {"attn_norm": "ln1", "ffn_norm": "ln2", "attn.g_norm": "att.ln_x"}.items():
-            for part in ("weight", "bias"):
-                renamed[f"{theirs}{their}.{part}"] = tensors[f"{ours}{own}.{part}"]
-        attn, att, ffn = f"{theirs}attn.", f"{ours}att.", f"{ours}ffn."
-        renamed[f"{attn}x_proj.0.mu"] = tensors[f"{att}time_maa_x"].reshape(-1)
-        w, k, v, r, g = tensors[f"{att}time_maa_w1"].chunk(5, 1)
-        renamed[f"{attn}x_proj.0.linear.weight"] = torch.cat((r, w, k, v, g), 1).T
-        w, k, v, r, g = tensors[f"{att}time_maa_w2"]
-        renamed[f"{attn}x_proj.2.weight"] = torch.cat((r, w, k, v, g), 0).T
-        renamed[f"{attn}x_bias"] = torch.stack([tensors[f"{att}time_maa_{i}"].reshape(-1) for i in "rwkvg"])
-        for letter, name in {"r": "receptance", "k": "key", "v": "value", "g": "gate"}.items():
-            renamed[f"{attn}{letter}_proj.linear.weight"] = tensors[f"{att}{name}.weight"]
-        renamed[f"{attn}w_proj.linear.lora.0.weight"] = tensors[f"{att}time_decay_w1"].T
-        renamed[f"{attn}w_proj.linear.lora.2.weight"] = tensors[f"{att}time_decay_w2"].T
-        renamed[f"{attn}w_proj.linear.lora.2.bias"] = tensors[f"{att}time_decay"].reshape(-1)
-        renamed[f"{attn}bonus"] = tensors[f"{att}time_faaaa"]
-        renamed[f"{attn}o_proj.weight"] = tensors[f"{att}output.weight"]
-        for name, mix in {"key": "k", "receptance": "r"}.items():
-            renamed[f"{theirs}ffn.{name}.linear.weight"] = tensors[f"{ffn}{name}.weight"]
-            renamed[f"{theirs}ffn.{name}.mu"] = tensors[f"{ffn}time_maa_{mix}"].reshape(-1)
-        renamed[f"{theirs}ffn.value.weight"] = tensors[f"{ffn}value.weight"]
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "rwkv6", "norm_eps": 1e-5}))
-    save_shards(renamed, folder, shards, save_file)
-
-
-def save_shards(tensors: Tensors, folder: Path, shards: int, save_file: Callable[..., None]) -> None:
-    if shards == 1:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-        return
-    places: dict[str, str] = {}
-    for index in range(shards):
-        file_name = f"model-{index + 1:05}-of-{shards:05}.safetensors"
-        names = sorted(tensors)[index::shards]
-        save_file({name: tensors[name].contiguous() for name in names}, folder / file_name)
-        places |= dict.fromkeys(names, file_name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
-def save_old(tensors: Tensors, folder: Path, kind: str) -> None:
-    """As transformers' own RWKV-4, and the 5 and 6 after it, name RWKV's tensors."""
-    letters = {"k": "key", "v": "value", "r": "receptance", "g": "gate"}
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        name = name if name.startswith("head.") else f"rwkv.{name}"
-        name = name.replace("rwkv.emb.", "rwkv.embeddings.").replace(".att.", ".attention.")
-        name = name.replace(".ffn.", ".feed_forward.").replace(".ln0.", ".pre_ln.")
-        if ".time_mix_" in name:
-            name = name[:-1] + letters[name[-1]]
-        renamed[name] = tensor
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-    torch.save(renamed, folder / "pytorch_model.bin")
 
 
 def write_gguf6(tensors: Tensors, path: Path, *, rescale: int) -> None:
@@ -221,7 +123,9 @@ def test_an_rwkv6_in_every_form_is_one_engine(rescale: int, tmp_path: Path) -> N
     save_fla6(tensors, tmp_path / "fla", shards=2)
     export_engine(tmp_path / "x.pth", tmp_path / "pth.goslet", quant="int8")
     for name in ("x.gguf", "folder", "fla"):
-        export_engine(tmp_path / name, tmp_path / f"{name}.goslet", quant="int8")
+        # fla gives its group norm the eps of its other norms, whatever the weights were trained with.
+        norm_eps = 64e-5 if name == "fla" else None
+        export_engine(tmp_path / name, tmp_path / f"{name}.goslet", quant="int8", norm_eps=norm_eps)
         same_engine(tmp_path / "pth.goslet", tmp_path / f"{name}.goslet")
 
 
@@ -248,6 +152,25 @@ def test_the_norms_eps_of_a_folder_is_in_parts_of_the_heads_size(tmp_path: Path)
         assert "head_dim" in str(refusal(tmp_path / "folder"))
     config.write_text(100_000 * "[")
     assert "is not JSON" in str(refusal(tmp_path / "folder"))
+
+
+def test_an_engine_of_another_eps_is_not_the_checkpoints(tmp_path: Path) -> None:
+    """A folder with heads of 32 says 32e-5, while a GGUF has no place for it: same tensors, other numbers."""
+    tensors = random_rwkv7(**{**SEVEN, "n_layer": 1, "n_embd": 64, "head_size": 32}, seed=5)
+    save(tensors, tmp_path / "x.pth")
+    save_fla(tensors, tmp_path / "folder", head_dim=32)
+    write_gguf(tmp_path / "x.pth", tmp_path / "x.gguf", "F32")
+    for name in ("folder", "x.gguf"):
+        export_engine(tmp_path / name, tmp_path / f"{name}.goslet", quant="f32")
+    for engine, other, said in (
+        ("folder", "x.gguf", "norm_eps (0.00032 in the engine, 0.00064 in the checkpoint)"),
+        ("x.gguf", "folder", "norm_eps (0.00064 in the engine, 0.00032 in the checkpoint)"),
+    ):
+        report = verify_engine(tmp_path / f"{engine}.goslet", tmp_path / other)
+        assert report.differences == (said,)
+        assert not report.passed
+    change = {"norm_eps": 32e-5}
+    assert verify_engine(tmp_path / "folder.goslet", tmp_path / "x.gguf", **change, n_tokens=4).passed
 
 
 def test_a_folders_vocabulary_is_taken(seven: Path, shared_data: Path, tmp_path: Path) -> None:

@@ -57,9 +57,26 @@ def test_limits_of_weights_tell_them_from_zero() -> None:
 def test_another_checkpoint_fails(tiny_engines: dict[str, Path], tmp_path: Path) -> None:
     save(random_rwkv7(n_layer=1, n_embd=32, head_size=16, vocab_size=256), tmp_path / "other.pth")
     report = verify_engine(tiny_engines["f32"], tmp_path / "other.pth")
-    assert set(report.differences) == {"dimensions", "state", "tensors", "model id"}
+    assert [difference.split()[0] for difference in report.differences] == [
+        *("n_layer", "n_embd", "n_ffn", "ranks"),
+        *("state", "tensors", "model"),
+    ]
+    assert report.differences[0] == "n_layer (2 in the engine, 1 in the checkpoint)"
     assert not report.passed
     assert report.checks == ()
+
+
+def test_another_eps_fails_unless_it_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    export_engine(tiny_checkpoint, tmp_path / "x.goslet", quant="f32", norm_eps=1e-5)
+    with EngineFile.open(tmp_path / "x.goslet") as file:
+        assert file.provenance["norm_eps"] == 1e-5
+    report = verify_engine(tmp_path / "x.goslet", tiny_checkpoint)
+    assert report.differences == (
+        "norm_eps (1e-05 in the engine, 0.00064 in the checkpoint; exported with --norm-eps 1e-05)",
+    )
+    assert not report.passed
+    assert report.checks == ()
+    assert verify_engine(tmp_path / "x.goslet", tiny_checkpoint, norm_eps=1e-5).passed
 
 
 def rewritten(
