@@ -3,14 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <limits>
+#include <list>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -28,6 +31,58 @@ namespace {
 
 using goslet::StateBuffer;
 using goslet::VocabularyTrie;
+
+// Calls `act`, in which Python may end this thread. Where the interpreter ends, Python up to 3.13 ends every other
+// thread as it asks for the lock, by unwinding its stack, which no destructor lets pass: the process would abort. Here
+// a daemon thread stays until the process is gone instead, which is what Python does from 3.14 on.
+template <typename Act>
+void or_stay(Act act) noexcept {
+    try {
+        act();
+    } catch (...) {
+        // Nothing of Python's throws but that unwinding, which may be held up and must not be ended.
+        for (;;) {
+            std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+    }
+}
+
+// Lets other Python threads run while it lives, as py::gil_scoped_release does.
+class WithoutGil {
+  public:
+    WithoutGil() : thread_(PyEval_SaveThread()) {}
+    WithoutGil(const WithoutGil&) = delete;
+    WithoutGil& operator=(const WithoutGil&) = delete;
+    ~WithoutGil() {
+        or_stay([this] { PyEval_RestoreThread(thread_); });
+    }
+
+  private:
+    PyThreadState* thread_;
+};
+
+// The bytes of a Python object, which stay where they are while this lives.
+class BorrowedBytes {
+  public:
+    explicit BorrowedBytes(const py::buffer& owner) {
+        if (PyObject_GetBuffer(owner.ptr(), &view_, PyBUF_C_CONTIGUOUS) != 0) {
+            PyErr_Clear();
+            throw py::value_error("a buffer is not contiguous");
+        }
+    }
+    BorrowedBytes(const BorrowedBytes&) = delete;
+    BorrowedBytes& operator=(const BorrowedBytes&) = delete;
+    // The last view into a file unmaps it, for which Python lets go of the lock.
+    ~BorrowedBytes() {
+        or_stay([this] { PyBuffer_Release(&view_); });
+    }
+
+    const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(view_.buf); }
+    std::size_t size_bytes() const { return static_cast<std::size_t>(view_.len); }
+
+  private:
+    Py_buffer view_{};
+};
 
 // A float32 view of one tensor whose base is the buffer object, which therefore outlives it.
 py::array tensor_view(const py::object& owner, std::size_t index) {
@@ -53,7 +108,7 @@ void register_state_buffer(py::module_& module) {
                  for (std::size_t index = 0; index < shapes.size(); ++index) {
                      layout.push_back({shapes[index], inits[index]});
                  }
-                 const py::gil_scoped_release release;
+                 const WithoutGil release;
                  return std::make_unique<StateBuffer>(std::move(layout));
              }),
              "shapes"_a, "inits"_a)
@@ -63,16 +118,9 @@ void register_state_buffer(py::module_& module) {
         .def_property_readonly("size_bytes", &StateBuffer::size_bytes)
         .def_property_readonly("n_tensors", [](const StateBuffer& buffer) { return buffer.layout().size(); })
         .def("tensor", &tensor_view, "index"_a)
-        .def("reset", &StateBuffer::reset, py::call_guard<py::gil_scoped_release>())
-        .def("copy_from", &StateBuffer::copy_from, "other"_a, py::call_guard<py::gil_scoped_release>())
-        .def("clone", &StateBuffer::clone, py::call_guard<py::gil_scoped_release>());
-}
-
-std::string_view contiguous_bytes(const py::buffer_info& info) {
-    if (info.ndim != 1 || info.itemsize != 1 || (info.size > 0 && info.strides[0] != 1)) {
-        throw std::invalid_argument("expected one contiguous row of bytes");
-    }
-    return {static_cast<const char*>(info.ptr), static_cast<std::size_t>(info.size)};
+        .def("reset", &StateBuffer::reset, py::call_guard<WithoutGil>())
+        .def("copy_from", &StateBuffer::copy_from, "other"_a, py::call_guard<WithoutGil>())
+        .def("clone", &StateBuffer::clone, py::call_guard<WithoutGil>());
 }
 
 void register_vocabulary_trie(py::module_& module) {
@@ -83,17 +131,16 @@ void register_vocabulary_trie(py::module_& module) {
                  for (const auto& [id, bytes] : entries) {
                      copied.emplace_back(id, std::string(bytes));
                  }
-                 const py::gil_scoped_release release;
+                 const WithoutGil release;
                  return VocabularyTrie(vocab_size, copied);
              }),
              "vocab_size"_a, "entries"_a)
         .def_static(
             "from_blob",
             [](const py::buffer& blob) {
-                const py::buffer_info info = blob.request();
-                const std::string_view bytes = contiguous_bytes(info);
-                const py::gil_scoped_release release;
-                return VocabularyTrie::from_blob(bytes);
+                const BorrowedBytes bytes(blob);
+                const WithoutGil release;
+                return VocabularyTrie::from_blob({reinterpret_cast<const char*>(bytes.data()), bytes.size_bytes()});
             },
             "blob"_a)
         .def("to_blob", [](const VocabularyTrie& trie) { return py::bytes(trie.to_blob()); })
@@ -105,7 +152,7 @@ void register_vocabulary_trie(py::module_& module) {
                 const std::string_view bytes = text;
                 VocabularyTrie::Encoding encoding;
                 {
-                    const py::gil_scoped_release release;
+                    const WithoutGil release;
                     encoding = trie.encode(bytes);
                 }
                 return std::make_pair(std::move(encoding.ids), encoding.matched_bytes);
@@ -139,7 +186,7 @@ py::array_t<std::uint8_t> transpose_int4(const py::array_t<std::uint8_t, py::arr
     const std::uint8_t* const from = rows.data();
     std::uint8_t* const to = out.mutable_data();
     {
-        const py::gil_scoped_release release;
+        const WithoutGil release;
         goslet::transpose_int4(from, n, k, to);
     }
     return out;
@@ -160,7 +207,7 @@ T known(std::optional<T> value, const std::string& name) {
 
 // An engine and what it reads in place.
 struct BoundEngine {
-    std::vector<py::buffer_info> buffers;
+    std::list<BorrowedBytes> buffers;
     std::unique_ptr<goslet::NativeEngine> engine;
 };
 
@@ -171,14 +218,8 @@ using StateTuple = std::tuple<std::string, std::vector<std::size_t>, float>;
 using SequenceTuple = std::tuple<StateBuffer*, py::array, std::optional<py::array>>;
 
 std::pair<const std::uint8_t*, std::size_t> keep_bytes(BoundEngine& bound, const py::buffer& buffer) {
-    py::buffer_info info = buffer.request();
-    if (PyBuffer_IsContiguous(info.view(), 'C') == 0) {
-        throw py::value_error("a buffer is not contiguous");
-    }
-    const auto* const data = static_cast<const std::uint8_t*>(info.ptr);
-    const auto size_bytes = static_cast<std::size_t>(info.size * info.itemsize);
-    bound.buffers.push_back(std::move(info));
-    return {data, size_bytes};
+    const BorrowedBytes& bytes = bound.buffers.emplace_back(buffer);
+    return {bytes.data(), bytes.size_bytes()};
 }
 
 std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::vector<TensorTuple>& tensors,
@@ -208,7 +249,7 @@ std::unique_ptr<BoundEngine> make_engine(const py::buffer& program, const std::v
         parts.state.push_back({name, {shape, init}});
     }
     parts.vocab_size = vocab_size;
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     bound->engine = std::make_unique<goslet::NativeEngine>(parts, goslet::NativeOptions{threads, pin, skip_zeros});
     return bound;
 }
@@ -237,7 +278,7 @@ void feed_engine(BoundEngine& bound, const std::vector<SequenceTuple>& batch) {
         }
         sequences.push_back(sequence);
     }
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     bound.engine->feed(sequences);
 }
 

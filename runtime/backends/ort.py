@@ -24,6 +24,7 @@ from ..spec import EMBEDDING
 from ..state import State
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Backend, Rounding, Stepper, check_embedding
+from .exit_gate import before_exit
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -79,7 +80,8 @@ class OrtBackend(Backend):
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
         graph = check_step_graph(file.graph_bytes, expected_initializers(file), file.graph_info["opset"], file.path)
         try:
-            self._session = _create_session(file, graph, options, self.provider)
+            with before_exit():
+                self._session = _create_session(file, graph, options, self.provider)
         except OSError as error:
             raise BackendError(
                 f"weights for ONNX Runtime cannot be written: {error.strerror}",
@@ -194,7 +196,8 @@ class _OrtStepper(AlternatingStepper):
     def step(self, token: NDArray[np.int64], place: str) -> NDArray[np.float32]:
         self._x[:] = decode_rows(self._embedding, token)
         try:
-            self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
+            with before_exit():
+                self._session.run_with_iobinding(self._bindings[_address(self._state.front)])
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             raise BackendError(
                 f"ONNX Runtime failed: {first_line(error)}",

@@ -17,6 +17,7 @@ from ..errors import BackendError, BackendUnavailableError, first_line
 from ..state import MAX_TOKENS_SEEN, Elsewhere, State, Tensors
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Rounding, Stepper
+from .exit_gate import before_exit
 from .ort import AlternatingStepper, OrtBackend
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class _OrtCudaStepper(AlternatingStepper, Elsewhere):
                 if not self.ahead:
                     self._upload()
                 self._x.update_inplace(decode_rows(self._embedding, token))
-                self._session.run_with_iobinding(self._bindings[self._now[0]])
+                with before_exit():
+                    self._session.run_with_iobinding(self._bindings[self._now[0]])
                 logits: NDArray[np.float32] = self._logits.numpy()
             except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
                 raise BackendError(

@@ -40,6 +40,7 @@ from ..trt_plugin import find_plugin
 from ..weights import EncodedWeight, WeightFormat, decode_rows
 from . import Backend, Rounding, Stepper, check_embedding
 from .cuda_driver import CudaError, DeviceMemory, Driver, Graph, PinnedMemory, Stream
+from .exit_gate import before_exit
 
 if TYPE_CHECKING:
     from ..enginefile import EngineFile
@@ -90,7 +91,8 @@ class TrtBackend(Backend):
                     found=self._logger.take(),
                     remedy="build it here: tools/build_cuda --plugin",
                 )
-            self._engine = self._runtime.deserialize_cuda_engine(plan.plan)
+            with before_exit():
+                self._engine = self._runtime.deserialize_cuda_engine(plan.plan)
             if self._engine is None:
                 raise BackendError(
                     "TensorRT does not take the plan", file=path, found=self._logger.take(), remedy=_REBUILD
@@ -120,7 +122,8 @@ class TrtBackend(Backend):
         try:
             self._driver.activate()
             self._logger.take()  # of another time
-            context = self._engine.create_execution_context()
+            with before_exit():
+                context = self._engine.create_execution_context()
             if context is None:
                 raise BackendError(
                     "TensorRT cannot make a context for a session",
@@ -243,7 +246,9 @@ class _TrtStepper(Stepper, Elsewhere):
     def _queue_step(self) -> None:
         stream, base = self._stream, self._pinned.address
         stream.to_device(self._x.address, base + self._offset(self._host_x), self._host_x.nbytes)
-        if not self._context.execute_async_v3(stream.handle):
+        with before_exit():
+            taken = self._context.execute_async_v3(stream.handle)
+        if not taken:
             raise BackendError("TensorRT refuses to run the plan", found=self._logger.take(), remedy=_REBUILD)
         for target, source, size_bytes in self._copies:
             stream.on_device(target, source, size_bytes)
