@@ -161,6 +161,7 @@ def open_checkpoint(
         if not model.first_norm:
             rules = tuple(without_first_norm(rule) for rule in rules)
         checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, model.notes, tensors)
+        _check_beside(rules, shapes)
         _validate(checkpoint.sources, shapes, version.unused(spec))
         for name in checkpoint.sources:
             if not tensors[name].readable:
@@ -195,6 +196,22 @@ def _checked(spec: ModelSpec) -> ModelSpec:
         raise CheckpointError(
             "a dimension is out of range", place=error.place, expected=error.expected, found=error.found
         ) from error
+
+
+def _check_beside(rules: tuple[TensorRule, ...], shapes: Shapes) -> None:
+    """What a rule takes a tensor for by its name must be what those beside it say; absent ones are `_validate`'s."""
+    for rule in rules:
+        for other in rule.beside:
+            found = shapes.get(other.name)
+            if found is not None and squeezed(found) != squeezed(other.shape):
+                source = rule.sources[0]
+                raise TensorShapeError(
+                    "the name says what the shapes contradict",
+                    place=f"{source.name} of shape {list(shapes.get(source.name, ()))}",
+                    expected=f"beside {other.name} of shape {list(other.shape)}",
+                    found=list(found),
+                    remedy="the file is damaged, or was converted for another program: give the original checkpoint",
+                )
 
 
 def _validate(sources: Mapping[str, Source], shapes: Shapes, unused: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from ...spec import ModelSpec, StateSpec, StateTensor
 from .blocks import Operator, Ops, State, gated_channel_mix, lerp, residual_step
 from .program import Program, product
 from .program import gated_channel_mix as gated_channel_mix_steps
-from .tensors import LAYER_NORM_EPS, Kind, Rules, Shapes, TensorRule, count_layers, shape_of
+from .tensors import LAYER_NORM_EPS, Kind, Rules, Shapes, Source, TensorRule, count_layers, shape_of
 
 NAMES = ("4",)
 # The exponent of an empty past: exp(-1e30 - anything) is 0.
@@ -125,16 +125,23 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
     rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
+        beside = (Source(f"{att}.time_decay", (width,)), Source(f"{att}.time_first", (width,)))
         rules.norm(f"blocks.{layer}.ln1")
         for letter in "kvr":
-            rules.computed(f"{att}.shift_{letter}", f"{att}.time_mix_{letter}", (width,), lambda mix: 1 - mix)
-        rules.computed(f"{att}.decay", f"{att}.time_decay", (width,), lambda decay: -torch.exp(decay))
+            rules.computed(
+                f"{att}.shift_{letter}", f"{att}.time_mix_{letter}", (width,), lambda mix: 1 - mix, beside=beside
+            )
+        rules.computed(
+            f"{att}.decay", f"{att}.time_decay", (width,), lambda decay: -torch.exp(decay), beside=beside[1:]
+        )
         rules.vector(f"{att}.time_first")
         for part in ("receptance", "key", "value", "output"):
             rules.matrix(f"{att}.{part}.weight", width, width, Kind.PROJECTION)
         rules.norm(f"blocks.{layer}.ln2")
         for letter in "kr":
-            rules.computed(f"{ffn}.shift_{letter}", f"{ffn}.time_mix_{letter}", (width,), lambda mix: 1 - mix)
+            rules.computed(
+                f"{ffn}.shift_{letter}", f"{ffn}.time_mix_{letter}", (width,), lambda mix: 1 - mix, beside=beside
+            )
         rules.matrix(f"{ffn}.key.weight", hidden, width, Kind.CHANNEL_MIX)
         rules.matrix(f"{ffn}.receptance.weight", width, width, Kind.CHANNEL_MIX)
         rules.matrix(f"{ffn}.value.weight", width, hidden, Kind.CHANNEL_MIX, input_sparse=True)

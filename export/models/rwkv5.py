@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, TensorShapeError
 from ...spec import ModelSpec
 from . import matrix_state
 from .blocks import Ops, State, gated_channel_mix, head_norm, lerp, residual_step
 from .matrix_state import state_spec
 from .program import Program, product
 from .program import gated_channel_mix as gated_channel_mix_steps
-from .tensors import LAYER_NORM_EPS, Kind, Rules, Shape, Shapes, TensorRule, count_layers, shape_of, squeezed
+from .tensors import LAYER_NORM_EPS, Kind, Rules, Shape, Shapes, Source, TensorRule, count_layers, shape_of, squeezed
 
 __all__ = ["NAMES", "OPERATORS", "program", "read_spec", "recognise", "state_spec", "step", "tensor_rules", "unused"]
 
@@ -49,15 +49,24 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     """
     vocab_size, n_embd = shape_of(shapes, "emb.weight", 2)
     name = "blocks.0.att.time_decay"
-    decay = squeezed(shapes[name])
-    by_channel = len(decay) > 1
+    decay = shapes[name]
+    by_channel = _by_channel(decay)
     n_head = decay[0] if decay else 0
-    if not n_head or n_embd % n_head or (by_channel and decay != (n_head, n_embd // n_head)):
+    if not n_head or n_embd % n_head or squeezed(decay) != squeezed((n_head, n_embd // n_head if by_channel else 1)):
         raise CheckpointError(
             "heads do not make up the width",
             place=name,
             expected=f"[heads] or [heads, numbers in a head], together {n_embd} numbers",
             found=list(shapes[name]),
+        )
+    bonus = next((bonus for part in ("faaaa", "first") if (bonus := f"blocks.0.att.time_{part}") in shapes), name)
+    if _by_channel(shapes[bonus]) != by_channel:
+        raise TensorShapeError(
+            "the name says what the shapes contradict",
+            place=f"{bonus} of shape {list(shapes[bonus])}",
+            expected="beside it a time_decay of the same axes",
+            found=list(shapes[name]),
+            remedy="the file is damaged, or was converted for another program: give the original checkpoint",
         )
     gated = "blocks.0.att.gate.weight" in shapes
     if by_channel and not gated:
@@ -75,6 +84,11 @@ def read_spec(shapes: Shapes, norm_eps: float | None) -> ModelSpec:
     )
 
 
+def _by_channel(shape: Shape) -> bool:
+    """By axes and not by sizes: a model of a single head has [1, D] in 5.2 and [1] before."""
+    return len(shape) > 1 and shape[1] != 1
+
+
 def unused(spec: ModelSpec) -> Collection[str]:
     """Nothing: every tensor is read."""
     return ()
@@ -88,7 +102,7 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
     """Every tensor of an RWKV-5 engine.
 
     `shift_*` are 1 - time_mix_*, the share of the token before. Decay and bonus are spread to one number a channel.
-    The bonus is `time_faaaa` as it is, or `time_first` behind exp, whichever the checkpoint has.
+    The bonus is `time_faaaa` as it is or, in 5.0 and 5.1, `time_first` behind exp, whichever the checkpoint has.
     """
     width, hidden = spec.n_embd, spec.n_ffn
     by_head: Shape = (spec.n_head, spec.head_size) if spec.version == "5.2" else (spec.n_head,)
@@ -100,14 +114,25 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
     rules.embedding()
     for layer in range(spec.n_layer):
         att, ffn = f"blocks.{layer}.att", f"blocks.{layer}.ffn"
+        decay = (Source(f"{att}.time_decay", by_head),)
+        mixes = tuple(Source(f"{att}.time_mix_{letter}", (width,)) for letter in _letters(spec))
         rules.norm(f"blocks.{layer}.ln1")
         for letter in _letters(spec):
-            rules.computed(f"{att}.shift_{letter}", f"{att}.time_mix_{letter}", (width,), lambda mix: 1 - mix)
-        rules.computed(f"{att}.decay", f"{att}.time_decay", by_head, spread(lambda x: torch.exp(-torch.exp(x))))
+            rules.computed(
+                f"{att}.shift_{letter}", f"{att}.time_mix_{letter}", (width,), lambda mix: 1 - mix, beside=decay
+            )
+        rules.computed(
+            f"{att}.decay",
+            f"{att}.time_decay",
+            by_head,
+            spread(lambda x: torch.exp(-torch.exp(x))),
+            beside=(Source(f"{att}.ln_x.weight", (width,)), *mixes),
+        )
         if f"{att}.time_first" in names:
-            rules.computed(f"{att}.bonus", f"{att}.time_first", by_head, spread(torch.exp))
+            by_heads = (Source(f"{att}.time_decay", (spec.n_head,)),)
+            rules.computed(f"{att}.bonus", f"{att}.time_first", (spec.n_head,), spread(torch.exp), beside=by_heads)
         else:
-            rules.computed(f"{att}.bonus", f"{att}.time_faaaa", by_head, spread(lambda x: x))
+            rules.computed(f"{att}.bonus", f"{att}.time_faaaa", by_head, spread(lambda x: x), beside=decay)
         for part in ("receptance", "key", "value", "output"):
             rules.matrix(f"{att}.{part}.weight", width, width, Kind.PROJECTION)
         if "g" in _letters(spec):
@@ -115,7 +140,9 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
         rules.norm(f"{att}.ln_x")
         rules.norm(f"blocks.{layer}.ln2")
         for letter in "kr":
-            rules.computed(f"{ffn}.shift_{letter}", f"{ffn}.time_mix_{letter}", (width,), lambda mix: 1 - mix)
+            rules.computed(
+                f"{ffn}.shift_{letter}", f"{ffn}.time_mix_{letter}", (width,), lambda mix: 1 - mix, beside=decay
+            )
         rules.matrix(f"{ffn}.key.weight", hidden, width, Kind.CHANNEL_MIX)
         rules.matrix(f"{ffn}.receptance.weight", width, width, Kind.CHANNEL_MIX)
         rules.matrix(f"{ffn}.value.weight", width, hidden, Kind.CHANNEL_MIX, input_sparse=True)

@@ -90,12 +90,23 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
         for index, letter in enumerate(LETTERS):
             part = slice(index * rank, (index + 1) * rank)
             rules.derived(
-                f"{att}.time_maa_{letter}_down", (rank, width), Kind.LORA, down, lambda w1, part=part: w1[:, part].T
+                f"{att}.time_maa_{letter}_down",
+                (rank, width),
+                Kind.LORA,
+                down,
+                lambda w1, part=part: w1[:, part].T,
+                beside=up,
             )
-            rules.derived(f"{att}.time_maa_{letter}_up", (width, rank), Kind.LORA, up, lambda w2, at=index: w2[at].T)
+            rules.derived(
+                f"{att}.time_maa_{letter}_up",
+                (width, rank),
+                Kind.LORA,
+                up,
+                lambda w2, at=index: w2[at].T,
+                beside=down,
+            )
         rules.vector(f"{att}.time_decay")
-        rules.turned(f"{att}.time_decay_w1", width, decay_rank, Kind.LORA)
-        rules.turned(f"{att}.time_decay_w2", decay_rank, width, Kind.LORA)
+        rules.lora((f"{att}.time_decay_w1", f"{att}.time_decay_w2"), width, decay_rank, width)
         rules.vector(f"{att}.time_faaaa", spec.n_head, spec.head_size)
         for part_name in ("receptance", "key", "value", "gate", "output"):
             rules.matrix(f"{att}.{part_name}.weight", width, width, Kind.PROJECTION)

@@ -140,8 +140,7 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
             if letter != "g":
                 rules.vector(f"{att}.{letter}0")
             rank = spec.ranks[letter]
-            rules.turned(f"{att}.{letter}1", width, rank, Kind.LORA)
-            rules.turned(f"{att}.{letter}2", rank, width, Kind.LORA)
+            rules.lora((f"{att}.{letter}1", f"{att}.{letter}2"), width, rank, width)
         rules.vector(f"{att}.k_k")
         rules.vector(f"{att}.k_a")
         rules.vector(f"{att}.r_k", spec.n_head, spec.head_size)
@@ -153,8 +152,7 @@ def tensor_rules(spec: ModelSpec, names: Collection[str]) -> tuple[TensorRule, .
         rules.matrix(f"{ffn}.key.weight", hidden, width, Kind.CHANNEL_MIX)
         if spec.version == "7a":
             rules.vector(f"{ffn}.s0", hidden)
-            rules.turned(f"{ffn}.s1", width, spec.ranks["s"], Kind.LORA)
-            rules.turned(f"{ffn}.s2", spec.ranks["s"], hidden, Kind.LORA)
+            rules.lora((f"{ffn}.s1", f"{ffn}.s2"), width, spec.ranks["s"], hidden)
         rules.matrix(f"{ffn}.value.weight", width, hidden, Kind.CHANNEL_MIX, input_sparse=True)
     rules.norm("ln_out")
     rules.matrix("head.weight", spec.vocab_size, width, Kind.HEAD)

@@ -64,6 +64,8 @@ class TensorRule:
         derive: makes it from them, in float32, given in their order and shapes. With sources by token it may be given
             some of their rows, and then gives the same rows of the result.
         input_sparse: a matrix whose inputs are often exactly zero (relu²), so that an engine may skip their columns.
+        beside: where `derive` changes the numbers of a single source: tensors of the checkpoint that must be there in
+            these shapes for the source's name to mean what `derive` takes it for.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TensorRule:
     sources: tuple[Source, ...]
     derive: Callable[..., Tensor]
     input_sparse: bool = False
+    beside: tuple[Source, ...] = ()
 
     @property
     def is_matrix(self) -> bool:
@@ -129,10 +132,15 @@ class Rules:
         source = Source(name, shape or (self._width,))
         self.derived(name, (math.prod(source.shape),), Kind.VECTOR, (source,), lambda tensor: tensor.reshape(-1))
 
-    def computed(self, name: str, source: str, shape: Shape, compute: Callable[[Tensor], Tensor]) -> None:
+    def computed(
+        self, name: str, source: str, shape: Shape, compute: Callable[[Tensor], Tensor], *, beside: tuple[Source, ...]
+    ) -> None:
         """A vector of the width that is computed from one tensor of the checkpoint."""
-        sources = (Source(source, shape),)
-        self.derived(name, (self._width,), Kind.VECTOR, sources, lambda tensor: compute(tensor).reshape(-1))
+
+        def derive(tensor: Tensor) -> Tensor:
+            return compute(tensor).reshape(-1)
+
+        self.derived(name, (self._width,), Kind.VECTOR, (Source(source, shape),), derive, beside=beside)
 
     def norm(self, name: str) -> None:
         """A norm's weight and bias."""
@@ -144,9 +152,12 @@ class Rules:
         source = Source(name, (n_out, n_in))
         self.derived(name, (n_out, n_in), kind, (source,), lambda tensor: tensor, input_sparse=input_sparse)
 
-    def turned(self, name: str, n_in: int, n_out: int, kind: Kind) -> None:
-        """A matrix that the checkpoint stores as [in, out]."""
-        self.derived(name, (n_out, n_in), kind, (Source(name, (n_in, n_out)),), lambda tensor: tensor.T)
+    def lora(self, names: tuple[str, str], n_in: int, rank: int, n_out: int) -> None:
+        """A LoRA, whose two matrices the checkpoint stores as [in, rank] and [rank, out]: each tells how both lie."""
+        down, up = Source(names[0], (n_in, rank)), Source(names[1], (rank, n_out))
+        for source, other in ((down, up), (up, down)):
+            shape = source.shape[::-1]
+            self.derived(source.name, shape, Kind.LORA, (source,), lambda tensor: tensor.T, beside=(other,))
 
     def derived(
         self,
@@ -157,9 +168,10 @@ class Rules:
         derive: Callable[..., Tensor],
         *,
         input_sparse: bool = False,
+        beside: tuple[Source, ...] = (),
     ) -> None:
         """Any other tensor."""
-        self._rules.append(TensorRule(name, shape, kind, sources, derive, input_sparse))
+        self._rules.append(TensorRule(name, shape, kind, sources, derive, input_sparse, beside))
 
     def all(self) -> tuple[TensorRule, ...]:
         """Every rule so far."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, DependencyError, UnsafeCheckpointError, first_line
 from .stored import FloatTensor, StoredModel
+from .webrwkv import undone
 from .wrapped import one_level, own_names
 
 # What trainers keep beside a model, and what only holds values.
@@ -37,14 +38,16 @@ def read_pth(path: Path) -> StoredModel:
 
 
 def read_safetensors(path: Path) -> StoredModel:
-    """The tensors of a ``.safetensors`` file in RWKV's own names.
+    """The tensors of a ``.safetensors`` file in RWKV's own names, or web-rwkv's.
 
     Raises:
-        CheckpointError: it is not readable, or holds several models.
+        CheckpointError: it is not readable, holds several models, or may mean two things.
+        TensorShapeError: some of it lies as RWKV's own files do and some as web-rwkv's.
         DependencyError: safetensors is not installed.
     """
     tensors, notes = own_names(load_safetensors(path), path)
-    return StoredModel("safetensors", {name: FloatTensor(tensor) for name, tensor in tensors.items()}, notes=notes)
+    own, more = undone({name: FloatTensor(tensor) for name, tensor in tensors.items()}, path)
+    return StoredModel("safetensors", own, notes=notes + more)
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:
