@@ -255,7 +255,7 @@ def test_versions_whose_past_grows_are_refused_by_name(name: str, version: str, 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_all(tmp_path / "absent.pth")
-    with pytest.raises(CheckpointError, match="is a folder without a config"):
+    with pytest.raises(CheckpointError, match="holds no weights"):
         read_all(tmp_path)
 
 
