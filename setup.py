@@ -23,7 +23,7 @@ def files(pattern: str) -> list[str]:
 
 
 # The C interface reads and writes files itself; Python has its own readers.
-C_API = {"capi", "container", "engine_file", "output_file", "sha256", "state_file", "state_spec"}
+C_API = {"capi", "chat_template", "container", "engine_file", "output_file", "sha256", "state_file", "state_spec"}
 
 native = Pybind11Extension(
     "goslet._native",

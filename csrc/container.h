@@ -63,7 +63,7 @@ struct ContainerKind {
     std::string_view magic;                               // 8 bytes
     std::uint32_t version;                                // the newest that is known
     const char* name;                                     // "engine file"
-    std::array<std::string_view, 2> known_features = {};  // those that a file may require; empty ones are none
+    std::array<std::string_view, 4> known_features = {};  // those that a file may require; empty ones are none
 };
 
 struct SectionEntry {

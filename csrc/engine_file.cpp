@@ -5,6 +5,7 @@
 #include <set>
 #include <utility>
 
+#include "chat_template.h"
 #include "state_file.h"
 
 namespace goslet {
@@ -12,7 +13,7 @@ namespace {
 
 using Kind = ContainerError::Kind;
 
-constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file", {"int3", "residuals"}};
+constexpr ContainerKind kEngineFile{"\x89GOSL\r\n\x1a", 6, "engine file", {"chat-2026", "int3", "residuals"}};
 constexpr std::uint64_t kTensorAlignmentBytes = 64;
 constexpr std::size_t kMaxAxes = 8;
 constexpr std::size_t kMaxNameCharacters = 200;
@@ -260,7 +261,7 @@ void EngineFile::read_header() {
     }
     header.need("provenance", "header").object("provenance");
     if (const Json& chat = header.need("chat", "header"); !chat.is_null()) {
-        chat.object("chat");
+        check_chat_template(chat);
     }
     check_graph_info(header.need("graph", "header"));
     const Json& tokenizer = header.need("tokenizer", "header");

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from .. import __version__
-from ..chat import BUILT_IN, ChatTemplate, chat_template
+from ..chat import BUILT_IN, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
 from ..errors import InputError, OutputError
 from ..output import check_output, hidden_folder
@@ -42,8 +42,10 @@ from .tuned_state import read_tuned_state, state_matrices
 Progress = Callable[[str, int, int], None]
 # What stands for a vocabulary without being a path.
 TOKENIZER_NAMES = ("bytes", "world")
-# How the files of RWKV-7's G series are named, such as rwkv7-g1a-0.1b-20250728-ctx4096.pth.
-_G_SERIES = re.compile(r"rwkv-?7a?-g\d", re.IGNORECASE)
+# A word in the names of RWKV-7's G series, such as rwkv7-g1a-0.1b-20250728-ctx4096.pth, rwkv-g1k-13b-5228.pth or
+# rwkv7-2.9B-g1: g1, g1k, g0a2. (Not g64, which is a group of quantization.)
+_G_SERIES = re.compile(r"g\d(?:[a-z]\d?)?", re.IGNORECASE)
+_LAST_OF_2025 = 2025_12_31
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ def export_engine(
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
         adapter: a LoRA, bone, DiSHA or state adapter, merged into the model (`goslet.export.adapters`).
         alpha: the ``lora_alpha`` that a LoRA was trained with.
-        chat: the chat template, ``world``, ``g1``, ``none`` or the path of a JSON file (`goslet.chat`). None means g1
-            for a checkpoint that is named as the G series of RWKV-7 is (``rwkv7-g1…``), else world.
+        chat: the chat template, a name in `goslet.chat.BUILT_IN`, ``none``, or the path of a JSON file. None means that
+            of the G series for an RWKV-7 that is named as its files are, g1-2025 up to that year's last and g1 after
+            it, and world for any other.
         onnx: write also a self-contained ONNX model that takes a token, here.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
@@ -160,10 +163,12 @@ def export_engine(
     chosen = recipe(quant, group) if isinstance(quant, str) else quant
     calibrated = calibrate is not None or moments is not None
     by_feedback = _by_feedback(method, bits, chosen, calibrated, compensation)
-    conversation = _chat_template(chat, checkpoint)
+    conversation = None if chat in (None, "none") else chat_template(chat)
     change = read_adapter(adapter, alpha)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
         spec, version = source.spec, source.version
+        if chat is None:
+            conversation = chat_template(usual_chat(checkpoint, spec.version))
         vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
         state_spec = version.state_spec(spec)
         if bits is not None:
@@ -340,12 +345,16 @@ def _initial_state(
     }
 
 
-def _chat_template(choice: str | os.PathLike[str] | None, checkpoint: str | os.PathLike[str]) -> ChatTemplate | None:
-    if choice == "none":
-        return None
-    if choice is None:
-        choice = "g1" if _G_SERIES.match(Path(checkpoint).name) else "world"
-    return chat_template(choice)
+def usual_chat(checkpoint: str | os.PathLike[str], version: str) -> str:
+    """The built-in chat template of a checkpoint that is named so, or lies in a folder that is where it is not."""
+    path = Path(checkpoint).resolve()
+    name = path.name if "rwkv" in path.name.lower() else f"{path.parent.name}-{path.name}"
+    words = re.split(r"[-_. ]+", name.lower())
+    is_g_series = any(word.startswith("rwkv") for word in words) and any(map(_G_SERIES.fullmatch, words))
+    if not is_g_series or not version.startswith("7"):
+        return "world"
+    dates = [int(word) for word in words if re.fullmatch(r"20\d{6}", word)]
+    return "g1-2025" if dates and dates[0] <= _LAST_OF_2025 else "g1"
 
 
 def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:

@@ -41,7 +41,9 @@ ENGINE_VERSION = 6
 ENGINE_KIND = "engine file"
 # What came after the first engines of this version: whoever does not know the format says that it is too old.
 RESIDUALS_FEATURE = "residuals"
-KNOWN_FEATURES = frozenset({"int3", RESIDUALS_FEATURE})
+# Tools and decoding parameters in the chat template.
+CHAT_FEATURE = "chat-2026"
+KNOWN_FEATURES = frozenset({"int3", RESIDUALS_FEATURE, CHAT_FEATURE})
 TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
 
@@ -207,7 +209,7 @@ def write_engine(
         path,
         magic=ENGINE_MAGIC,
         version=ENGINE_VERSION,
-        required_features=_features(entries),
+        required_features=_features(entries, chat),
         header={
             "model": spec.to_json(),
             "state": state_spec.to_json(),
@@ -223,9 +225,13 @@ def write_engine(
     )
 
 
-def _features(entries: Sequence[TensorEntry]) -> set[str]:
-    residuals = any(entry.name.endswith(RESIDUALS) for entry in entries)
-    return {entry.format.name for entry in entries} & KNOWN_FEATURES | ({RESIDUALS_FEATURE} if residuals else set())
+def _features(entries: Sequence[TensorEntry], chat: ChatTemplate | None) -> set[str]:
+    features = {entry.format.name for entry in entries} & KNOWN_FEATURES
+    if any(entry.name.endswith(RESIDUALS) for entry in entries):
+        features.add(RESIDUALS_FEATURE)
+    if chat is not None and chat.is_extended:
+        features.add(CHAT_FEATURE)
+    return features
 
 
 def _state_bytes(spec: StateSpec, values: Mapping[str, NDArray[np.float32]]) -> bytes:

@@ -1,7 +1,8 @@
 """From logits to the next token, and from streamed text to a stop: what RWKV users expect of a sampler.
 
-The order of things, as in the sampler of PyPI's ``rwkv``: bias and penalties change the logits; top-p and top-k are
-chosen from the distribution at temperature 1; the temperature reshapes what is left; one token is drawn.
+The order of things, as in the sampler of PyPI's ``rwkv``: bias and penalties change the logits; top-p, top-k and min-p
+are chosen from the distribution at temperature 1; the temperature reshapes what is left; one token is drawn. Min-p and
+the repeat penalty are llama.cpp's.
 
 Where this differs from that sampler, on purpose:
 
@@ -9,7 +10,8 @@ Where this differs from that sampler, on purpose:
 * Among tokens of equal probability at the edge, top-p keeps all (as there) and top-k the lowest ids (there: any).
 * Top-k may keep fewer than k tokens only because top-p keeps fewer; both look at the whole distribution (as there).
 * Tokens of whitespace or digits only take no penalty at all. (There they add no count, but still pay the presence
-  penalty, and line breaks are counted.)
+  penalty, and line breaks are counted. Nor does llama.cpp's repeat penalty leave them out.)
+* The repeat penalty looks back at what was written alone. (In llama.cpp the prompt counts too.)
 
 Drawing uses float32 additions and multiplications, integer sums and numpy's PCG64, whose bit stream is guaranteed:
 the same seed and logits give the same token on every platform, whatever its exponential function rounds to.
@@ -18,6 +20,7 @@ the same seed and logits give the same token on every platform, whatever its exp
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,6 +35,8 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 MAX_ADJUSTMENT = 1e6  # of a penalty or bias: far past use, and too small to overflow a float32 logit
+MAX_REPEAT_PENALTY = 100.0
+REPEAT_LAST_TOKENS = 64  # that the repeat penalty looks back at: what llama.cpp does unless it is told otherwise
 MAX_SEED = (1 << 64) - 1
 
 _WEIGHT_BITS = 38  # the likeliest token weighs 2**38, so 2**24 tokens sum to less than 2**63
@@ -79,8 +84,11 @@ class SamplingOptions:
         temperature: 0 (greedy) or more; applied after top-k and top-p.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens until their probability sums to this; 1 keeps all.
+        min_p: keep the tokens that are at least this many times as likely as the likeliest; 0 keeps all.
         presence_penalty: taken from the logit of every token that was emitted before.
         frequency_penalty: taken from the logit once per count of a token.
+        repeat_penalty: what the logits of the tokens among the last 64 are divided by where they are above 0, and
+            multiplied by where they are below; 1 changes nothing.
         penalty_decay: what a count is multiplied by at every further token.
         logit_bias: added to the logits of these token ids; -inf forbids a token.
         seed: of the random draws, 0 to 2**64 - 1; None draws differently every time.
@@ -93,8 +101,10 @@ class SamplingOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repeat_penalty: float = 1.0
     penalty_decay: float = 0.996
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
@@ -105,8 +115,12 @@ class SamplingOptions:
             "temperature": _number("temperature", self.temperature, 0, MAX_ADJUSTMENT),
             "top_k": _whole_number("top_k", self.top_k),
             "top_p": _number("top_p", self.top_p, 0, 1),
+            "min_p": _number("min_p", self.min_p, 0, 1),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -MAX_ADJUSTMENT, MAX_ADJUSTMENT),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -MAX_ADJUSTMENT, MAX_ADJUSTMENT),
+            "repeat_penalty": _number(
+                "repeat_penalty", self.repeat_penalty, 1 / MAX_REPEAT_PENALTY, MAX_REPEAT_PENALTY
+            ),
             "penalty_decay": _number("penalty_decay", self.penalty_decay, 0, 1),
             "seed": None if self.seed is None else _whole_number("seed", self.seed, MAX_SEED),
             "stop": _stop_texts(self.stop),
@@ -121,6 +135,24 @@ class SamplingOptions:
         clean["logit_bias"] = MappingProxyType(bias)
         for name, value in clean.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were written change what is written next."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repeat_penalty != 1
+
+
+# The decoding parameters: the fields that say how tokens are chosen, whatever the text is.
+DECODING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repeat_penalty",
+    "penalty_decay",
+)
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
@@ -185,6 +217,7 @@ class Sampler:
         if np.count_nonzero(self._bias == -np.inf) == vocab_size:
             raise InputError("forbids every token", place="logit_bias", remedy="leave at least one token")
         self._slots: dict[int, int] = {}
+        self._last: deque[int] = deque(maxlen=REPEAT_LAST_TOKENS)
         self._ids = np.zeros(16, np.int64)
         self._counts = np.zeros(16, np.float64)
 
@@ -215,6 +248,7 @@ class Sampler:
         """Count an emitted token; every earlier count decays first."""
         seen = len(self._slots)
         self._counts[:seen] *= self.options.penalty_decay
+        self._last.append(token)
         if token in self._uncounted:
             return
         if token not in self._slots:
@@ -230,6 +264,7 @@ class Sampler:
         twin = Sampler(self.options, self.vocab_size, self._uncounted)
         twin._random.state = self._random.state
         twin._slots = dict(self._slots)
+        twin._last = self._last.copy()
         twin._ids = self._ids.copy()
         twin._counts = self._counts.copy()
         return twin
@@ -250,6 +285,10 @@ class Sampler:
             )
         if len(self._bias_ids):
             adjusted[self._bias_ids] += self._bias
+        if self.options.repeat_penalty != 1 and self._last:
+            again = np.array([token for token in {*self._last} if token not in self._uncounted], np.int64)
+            values, factor = adjusted[again], np.float32(self.options.repeat_penalty)
+            adjusted[again] = np.where(values > 0, values / factor, values * factor)
         seen = len(self._slots)
         if seen and (self.options.presence_penalty or self.options.frequency_penalty):
             penalty = self.options.presence_penalty + self._counts[:seen] * self.options.frequency_penalty
@@ -257,12 +296,15 @@ class Sampler:
         return adjusted
 
     def _kept(self, logits: FloatArray) -> IntArray | None:
-        """The ids that top-p and top-k leave, ascending; None where both are off."""
-        top_k, top_p = self.options.top_k, self.options.top_p
+        """The ids that top-p, top-k and min-p leave, ascending; None where all are off."""
+        top_k, top_p, min_p = self.options.top_k, self.options.top_p, self.options.min_p
         by_rank, by_mass = 0 < top_k < self.vocab_size, top_p < 1
-        if not by_rank and not by_mass:
+        if not by_rank and not by_mass and min_p == 0:
             return None
         top = logits.max()
+        lowest = top + np.float32(math.log(min_p)) if min_p > 0 else np.float32(-np.inf)
+        if not by_rank and not by_mass:
+            return np.flatnonzero(logits >= lowest)
         if by_mass:
             weights = _exponential_weights(logits - top)
             goal = math.ceil(top_p * int(weights.sum()))
@@ -274,6 +316,7 @@ class Sampler:
         kept = weights[ids] >= _mass_edge(weights[ids], goal) if by_mass else np.ones(len(ids), np.bool_)
         if by_rank:
             kept &= _largest(logits[ids], top_k)
+        kept &= logits[ids] >= lowest
         return ids[kept]
 
 

@@ -379,8 +379,7 @@ class Engine:
                 textless = (*tokenizer.textless_tokens(), *range(tokenizer.vocab_size, vocab_size))
                 self._forbidden = dict.fromkeys(textless, -math.inf)
             options = replace(options, logit_bias={**options.logit_bias, **self._forbidden})
-            penalizes = options.presence_penalty != 0 or options.frequency_penalty != 0
-            if self._uncounted is None and penalizes:
+            if self._uncounted is None and options.penalizes:
                 self._uncounted = uncounted_tokens(tokenizer)
         return Sampler(options, vocab_size, self._uncounted or ())
 

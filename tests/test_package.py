@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The runtime from the bottom up: a module imports from its own layer, without circles, and from those before it.
 LAYERS = (
     ("errors", "_native"),
-    ("spec", "output", "machine", "chat"),
+    ("spec", "output", "machine", "sampling", "chat"),
     (
         "container",
         "weights",
@@ -28,7 +28,6 @@ LAYERS = (
         "initializers",
         "graph_check",
         "state",
-        "sampling",
         "tokenizer",
         "planfile",
         "residuals",

@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", metavar="M", help="how it answers: a mode of the template, such as think (goslet inspect shows them)"
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions that every conversation begins with")
-    parser.add_argument("--chat-template", metavar="T", help="world, g1 or a JSON file (default: the engine's own)")
+    parser.add_argument(
+        "--chat-template", metavar="T", help="world, g1, g1-2025 or a JSON file (default: the engine's own)"
+    )
     add_sampling_flags(parser)
     add_backend_flags(parser)
 
@@ -79,7 +81,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 "this engine has no chat template", file=args.engine, remedy="give one: --chat-template world"
             )
         template.opening(args.mode)  # a mode that is not there, before the first line
-        options = sampling_options(args, template.stop)
+        options = sampling_options(args, *filter(None, [template.stop]))
         talk = _Chat(engine, engine.tokenizer, console, options, template, args.max_tokens, args.mode, system)
         talk.loop()
     return 0
@@ -216,7 +218,9 @@ class _Chat:
         else:
             self._session = mark
             since = since.partition(matcher.matched)[0]
-        self._session.feed(self._tokenizer.encode(since + self._template.end))
+        # A template whose turns have no end leaves nothing to read here.
+        if rest := self._tokenizer.encode(since + self._template.end):
+            self._session.feed(rest)
 
     def _show(self, reply: str, piece: str) -> str:
         """Write the next piece of a reply, without the space that it begins with, and return the longer reply."""

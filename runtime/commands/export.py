@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template",
         metavar="T",
-        help="how conversations are written: world, g1, none, or a JSON file (default: by the checkpoint's name)",
+        help="how conversations are written: world, g1, g1-2025, none, or a JSON file (default: by the file's name)",
     )
     parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
     parser.add_argument("--force", action="store_true", help="replace files that exist")

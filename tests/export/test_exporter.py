@@ -31,6 +31,7 @@ from goslet.errors import (  # noqa: E402
 )
 from goslet.export import Recipe, export_engine, recipe  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
+from goslet.export.exporter import usual_chat  # noqa: E402
 from goslet.export.models.tensors import Kind  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 from goslet.weights import WeightFormat, decode, encode  # noqa: E402
@@ -272,6 +273,33 @@ def test_norm_eps_that_is_no_positive_float(value: object, one_layer: Path, tmp_
     with pytest.raises(InputError, match="norm_eps"):
         export_engine(one_layer, tmp_path / "x.goslet", norm_eps=value)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == ["one.pth"]
+
+
+@pytest.mark.parametrize(
+    ("path", "version", "expected"),
+    [
+        ("rwkv-g1k-13b-5228.pth", "7", "g1"),
+        ("rwkv7-2.9B-g1", "7", "g1"),
+        ("rwkv7-2.9B-g1/model.safetensors", "7", "g1"),
+        ("rwkv7a-g1d-0.1b-20260212-ctx8192.pth", "7a", "g1"),
+        ("Mollysama_rwkv-7-g1f-1.5b.Q8_0.gguf", "7", "g1"),
+        ("RWKV7-G0a2-7.2b.pth", "7", "g1"),
+        ("rwkv7-g1a-0.1b-20250728-ctx4096.pth", "7", "g1-2025"),
+        ("rwkv7-g1-0.4b-20250324-ctx4096-Q8_0.gguf", "7", "g1-2025"),
+        ("rwkv7-g1b-1.5b-20251231-ctx8192.pth", "7", "g1-2025"),
+        ("RWKV-x070-World-2.9B-v3-20250211-ctx4096.pth", "7", "world"),
+        ("RWKV7-Goose-World3-2.9B-HF", "7", "world"),
+        ("rwkv7-g1/rwkv7-world-0.1b.pth", "7", "world"),
+        ("rwkv7-0.1b-g64.pth", "7", "world"),
+        ("rwkv7-pg19.pth", "7", "world"),
+        ("rwkv7-gguf-1.5b.gguf", "7", "world"),
+        ("g1.pth", "7", "world"),
+        ("rwkv-6-g1.pth", "6", "world"),
+        ("model.pth", "7", "world"),
+    ],
+)
+def test_the_chat_template_goes_by_the_checkpoints_name(path: str, version: str, expected: str, tmp_path: Path) -> None:
+    assert usual_chat(tmp_path / path, version) == expected
 
 
 def test_nothing_that_is_read_is_written_over(one_layer: Path, tmp_path: Path) -> None:

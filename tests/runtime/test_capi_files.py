@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 import goslet
 from goslet.container import Section, read_container, write_container
 from goslet.enginefile import EngineFile, TensorSource, write_engine
-from goslet.errors import ContainerError, NewerVersionError, UnknownFeatureError
+from goslet.errors import ContainerError, HeaderError, NewerVersionError, UnknownFeatureError
 from goslet.spec import ModelSpec, StateSpec, StateTensor
 from goslet.state import STATE_FILE_MAGIC, STATE_FILE_VERSION
 from goslet.weights import WeightFormat, encode
@@ -35,6 +36,7 @@ from .capi import (
     assert_close,
     refusal,
 )
+from .chat_templates import BAD, GOOD
 from .rewriting import rewritten
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -232,6 +234,29 @@ def test_what_python_refuses_c_refuses(c_api: ctypes.CDLL, good: bytes, tmp_path
     # Both verdicts are seen often enough to mean something.
     assert refused > 200
     assert opened > 5
+
+
+class Written:
+    """What stands for a template and is written as it is."""
+
+    is_extended = False
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def to_json(self) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize("name", [*BAD, *GOOD])
+def test_python_and_c_take_the_same_chat_templates(
+    c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path, name: str
+) -> None:
+    written = Written(BAD[name] if name in BAD else GOOD[name])
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", tokenizer=("bytes", b""), chat=written)
+    assert refusal(c_api, path) == (BAD_FILE if name in BAD else OK)
+    with pytest.raises(HeaderError, match="chat") if name in BAD else contextlib.nullcontext():
+        EngineFile.open(path).close()
 
 
 def test_engines_without_a_program_are_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:

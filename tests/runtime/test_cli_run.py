@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pty
 import signal
@@ -280,7 +281,7 @@ def test_chat_speaks_in_the_engines_template(run: Run, tiny_engine: Path, tmp_pa
         session, shown = engine.session(), ""
         for index, said in enumerate(("hello", "again")):
             prompt = "System: Be\nkind.\n\n" if index == 0 else ""
-            prompt += f"User: {said} think a bit\n\nAssistant: <think"
+            prompt += f"User: {said} (think a bit)\n\nAssistant: <think"
             reply = "".join(engine.generate(prompt, max_tokens=9, temperature=0, session=session, stop="\n\nUser:"))
             session.feed(engine.encode("\n\n"))
             shown += f"<think{reply}\n"
@@ -295,6 +296,26 @@ def test_chat_speaks_in_the_engines_template(run: Run, tiny_engine: Path, tmp_pa
     none = rewritten(tiny_engine, tmp_path / "none.goslet", tokenizer=("bytes", b""), chat=None)
     assert_one_line_error(run("chat", none), 1, "--chat-template world")
     assert run("chat", none, "-n", 1, "--chat-template", "g1", stdin=b"hi\n").code == 0
+
+
+@pytest.mark.parametrize("user", ["[{}]", "{}"])
+def test_chat_remembers_turns_that_have_no_end(run: Run, tiny_engine: Path, tmp_path: Path, user: str) -> None:
+    """Such a template has nothing for the state to read after an answer, which once lost the whole turn."""
+    template = {"system": "{}", "user": user, "assistant": "", "end": "", "modes": {"plain": {"ask": "", "open": ""}}}
+    path, state = tmp_path / "template.json", tmp_path / "talk.state"
+    path.write_text(json.dumps(template))
+    lines = f"one\ntwo\n/save {state}\n".encode()
+    outcome = run("chat", tiny_engine, "-n", 5, "--temperature", 0, "--chat-template", path, stdin=lines)
+    assert (outcome.code, "error" in outcome.err) == (0, False)
+    with goslet.open(tiny_engine) as engine:
+        session, stop = engine.session(), ["["] if user != "{}" else []
+        for said in ("one", "two"):
+            prompt = user.replace("{}", said)
+            list(engine.generate(prompt, max_tokens=5, temperature=0, session=session, stop=stop))
+        saved = engine.session()
+        saved.load(state)
+        for name, values in session.state.front.items():
+            np.testing.assert_array_equal(saved.state.front[name], values)
 
 
 class ScriptedTokenizer:

@@ -19,7 +19,9 @@ def random_logits(seed: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(vocab_size) * scale).astype(np.float32)
 
 
-def naive_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def naive_distribution(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0
+) -> np.ndarray:
     """float64 [V]: the definition, by a full sort."""
     probabilities = np.exp(logits.astype(np.float64) - logits.max())
     probabilities /= probabilities.sum()
@@ -30,6 +32,7 @@ def naive_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p
         keep &= probabilities >= probabilities[order[reached]]
     if top_k:
         keep[order[top_k:]] = False
+    keep &= probabilities >= min_p * probabilities.max()
     reshaped = np.where(keep, probabilities ** (1 / temperature), 0)
     return reshaped / reshaped.sum()
 
@@ -47,6 +50,9 @@ CASES = [
     {"temperature": 0.8, "top_k": 40, "top_p": 0.6},
     {"temperature": 0.8, "top_k": 3, "top_p": 0.99},
     {"temperature": 2.5, "top_k": 10_000, "top_p": 0.999},
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.05},
+    {"temperature": 1.5, "top_k": 30, "top_p": 0.95, "min_p": 0.1},
+    {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 1.0},
 ]
 
 
@@ -62,7 +68,7 @@ def test_draws_what_the_definition_draws(case: dict[str, float], vocab_size: int
         assert sampler.sample(logits) == drawn(naive_distribution(logits, **case), bits)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["top_p"] < 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c["top_p"] < 1 and "min_p" not in c], ids=str)
 def test_keeps_what_the_rwkv_package_keeps(case: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="the rwkv package needs torch")
     utils = pytest.importorskip("rwkv.utils", reason="compares with PyPI's rwkv, of the test extra")
@@ -160,6 +166,26 @@ def test_penalties_equal_a_naive_loop() -> None:
     assert chosen == set(range(40))  # grown past the first 16 slots, and both uncounted tokens were met
 
 
+def test_the_repeat_penalty_equals_a_naive_loop() -> None:
+    """Over the last 64 tokens, each once, and on the side of 0 where its logit is; not on uncounted tokens."""
+    options = SamplingOptions(temperature=0, repeat_penalty=1.3, logit_bias={5: -math.inf})
+    sampler, written = Sampler(options, 40, uncounted={0, 3}), []
+    for trial in range(150):
+        logits = random_logits(trial, 40, 1.0) + np.linspace(1, 0, 40, dtype=np.float32)
+        expected = logits.copy()
+        expected[5] = -np.inf
+        for token in range(40):
+            if token in written[-64:] and token not in (0, 3):
+                expected[token] = (
+                    expected[token] / np.float32(1.3) if expected[token] > 0 else expected[token] * np.float32(1.3)
+                )
+        token = sampler.fork().sample(logits) if trial % 2 else sampler.sample(logits)
+        assert token == int(np.argmax(expected))
+        written.append(token)
+        sampler.observe(token)
+    assert len(set(written)) > 20  # the penalty had its say
+
+
 def test_an_uncounted_token_repeats_for_ever() -> None:
     logits = np.array([0, 1, 0.5], np.float32)
     options = SamplingOptions(presence_penalty=10, frequency_penalty=10, temperature=0)
@@ -224,6 +250,8 @@ def test_huge_logits_do_not_overflow() -> None:
         ({"presence_penalty": math.inf}, "presence_penalty: is out of range"),
         ({"frequency_penalty": math.nan}, "frequency_penalty: is out of range"),
         ({"penalty_decay": 1.5}, "penalty_decay: is out of range"),
+        ({"min_p": 1.5}, "min_p: is out of range"),
+        ({"repeat_penalty": 0}, "repeat_penalty: is out of range"),
         ({"seed": -1}, "seed: is out of range"),
         ({"seed": 2**64}, "seed: is out of range"),
         ({"seed": 1.5}, "seed: is not a whole number"),
