@@ -187,7 +187,7 @@ void check_world(const VocabularyTrie& trie) {
     }
 }
 
-// The World vocabulary of an engine, if it has that.
+// The vocabulary of byte strings of an engine, if it has one.
 std::optional<VocabularyTrie> read_vocabulary(const EngineFile& file) {
     std::size_t vocab_size = 0;
     std::optional<VocabularyTrie> trie;
@@ -195,6 +195,9 @@ std::optional<VocabularyTrie> read_vocabulary(const EngineFile& file) {
         trie = VocabularyTrie::from_blob(file.tokenizer());
         check_world(*trie);
         vocab_size = kWorldVocabulary;
+    } else if (file.tokenizer_kind() == "trie") {
+        trie = VocabularyTrie::from_blob(file.tokenizer());
+        vocab_size = trie->vocab_size();
     } else if (file.tokenizer_kind() == "bytes") {
         vocab_size = kBytesVocabulary;
         if (!file.tokenizer().empty()) {
@@ -485,7 +488,13 @@ goslet_status goslet_encode(const goslet_engine* engine, const char* text, size_
         const VocabularyTrie* const trie = text_vocabulary(engine->shared->file, engine->shared->vocabulary);
         std::vector<std::uint32_t> ids;
         if (trie != nullptr) {
-            ids = trie->encode(bytes).ids;
+            VocabularyTrie::Encoding encoding = trie->encode(bytes);
+            if (encoding.matched_bytes < bytes.size()) {
+                const auto byte = static_cast<unsigned char>(bytes[encoding.matched_bytes]);
+                refuse("text, byte " + std::to_string(encoding.matched_bytes) + ", is " + std::to_string(byte) +
+                       ", with which no token of the vocabulary begins");
+            }
+            ids = std::move(encoding.ids);
         } else {
             for (const char c : bytes) {
                 ids.push_back(static_cast<unsigned char>(c));
@@ -536,7 +545,8 @@ goslet_token goslet_end_token(const goslet_engine* engine) {
     goslet_token token = -1;
     guarded("goslet_end_token", [&] {
         require(engine, "engine");
-        token = engine->shared->vocabulary.has_value() ? 0 : -1;
+        const std::optional<VocabularyTrie>& trie = engine->shared->vocabulary;
+        token = trie.has_value() && trie->token_bytes(0).empty() ? 0 : -1;
     });
     return token;
 }

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from torch import Tensor
 from ..backends import Rounding
 from ..backends.ort import OrtBackend
 from ..enginefile import EngineFile
+from ..errors import InputError
 from ..residuals import effective_weight, residual_of
 from ..session import Engine, Session, open_engine
 from ..spec import EMBEDDING, RESIDUALS, ModelSpec
@@ -301,7 +303,8 @@ def _keep_worst(worst: dict[str, Check], check: Check) -> None:
 
 def _tokens(tokenizer: Tokenizer | None, vocab_size: int, n_tokens: int) -> tuple[list[int], bool]:
     if tokenizer is not None:
-        return tokenizer.encode(SAMPLE)[:n_tokens], True
+        with suppress(InputError):  # a vocabulary may lack what the sample is spelled with
+            return tokenizer.encode(SAMPLE)[:n_tokens], True
     return np.random.default_rng(7).integers(0, vocab_size, n_tokens).tolist(), False
 
 

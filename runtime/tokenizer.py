@@ -1,4 +1,4 @@
-"""Text to token ids and back: the RWKV World vocabulary, Hugging Face's ``tokenizer.json`` and raw bytes.
+"""Text to token ids and back: vocabularies in the RWKV World format, Hugging Face's ``tokenizer.json`` and raw bytes.
 
 Every tokenizer here works on bytes, so that each id stands for fixed bytes whatever stands beside it. Decoding whole
 and decoding piece by piece therefore give the same text, and a character that two ids share is never shown in halves.
@@ -14,7 +14,7 @@ import operator
 import os
 import pathlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ._native import VocabularyTrie
@@ -97,7 +97,8 @@ class Tokenizer(ABC):
         Text is text: where it spells a special token such as ``<|endoftext|>``, it is encoded by its letters.
 
         Raises:
-            InputError: `text` is not a string, or holds half a surrogate pair, which is not Unicode text.
+            InputError: `text` is not a string, or holds half a surrogate pair, which is no text, or a byte that the
+                vocabulary has no token for.
             TokenizerError: the package behind a ``tokenizer.json`` failed.
         """
         if not isinstance(text, str):
@@ -191,13 +192,63 @@ class BytesTokenizer(Tokenizer):
         return b""
 
 
-class WorldTokenizer(Tokenizer):
-    """The RWKV World vocabulary: greedy longest match over 65529 byte strings, all 256 single bytes among them.
+class TrieTokenizer(Tokenizer):
+    """A vocabulary of byte strings in the World format, of any size: greedy longest match.
+
+    Ids that stand for nothing decode to no bytes, and encoding never gives them. Id 0 ends a document where it is one
+    of them, as in RWKV's own vocabularies.
+
+    Source: the published format of ``rwkv_vocab_v20230424.txt``.
+    """
+
+    kind = "trie"
+
+    def __init__(self, trie: VocabularyTrie) -> None:
+        self._trie = trie
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id that stands for something; 65536 in the World vocabulary."""
+        return self._trie.vocab_size
+
+    @property
+    def n_entries(self) -> int:
+        """How many ids stand for something."""
+        return self._trie.n_entries
+
+    @property
+    def end_token(self) -> int | None:
+        """0, unless that stands for something."""
+        return None if self._trie.token_bytes(0) else 0
+
+    def textless_tokens(self) -> frozenset[int]:
+        """The ids that stand for nothing, 0 excepted."""
+        return frozenset(token for token in range(1, self.vocab_size) if not self._trie.token_bytes(token))
+
+    def _encode(self, text: str, utf8: bytes) -> list[int]:
+        ids, matched_bytes = self._trie.encode(utf8)
+        if matched_bytes < len(utf8):
+            raise InputError(
+                "the vocabulary has no token that begins with this byte",
+                place=f"text, character {len(utf8[:matched_bytes].decode('utf-8', errors='ignore'))}",
+                found=f"byte 0x{utf8[matched_bytes]:02x}",
+                remedy="leave it out of the text, or use the vocabulary that the model was trained with",
+            )
+        return ids
+
+    def _decode_bytes(self, ids: list[int]) -> bytes:
+        return self._trie.decode(ids)
+
+    def to_bytes(self) -> bytes:
+        """The compact form that csrc/vocabulary_trie.h describes."""
+        return self._trie.to_blob()
+
+
+class WorldTokenizer(TrieTokenizer):
+    """The RWKV World vocabulary: 65529 byte strings, all 256 single bytes among them, so that every text has ids.
 
     All 65536 ids of a World model are valid. Id 0 ends a document; it and the unused ids 65530 to 65535 decode to no
     bytes, and encoding never gives them.
-
-    Source: the published format of ``rwkv_vocab_v20230424.txt``.
 
     Raises:
         TokenizerError: the trie is not such a vocabulary.
@@ -206,60 +257,60 @@ class WorldTokenizer(Tokenizer):
     kind = "world"
 
     def __init__(self, trie: VocabularyTrie, file: Path | None = None) -> None:
-        unused = (0, *range(WORLD_LAST_ID + 1, WORLD_VOCAB_SIZE))
-        if (
-            trie.vocab_size != WORLD_VOCAB_SIZE
-            or trie.n_entries != WORLD_LAST_ID
-            or any(trie.token_bytes(token) for token in unused)
-        ):
+        if not _is_world(trie):
             raise TokenizerError(
                 "is not a World vocabulary",
                 file=file,
-                expected=f"ids 1 to {WORLD_LAST_ID} of {WORLD_VOCAB_SIZE}",
+                expected=f"ids 1 to {WORLD_LAST_ID} of {WORLD_VOCAB_SIZE}, and every single byte",
                 found=f"{trie.n_entries} ids of {trie.vocab_size}",
                 remedy=_AGAIN,
             )
-        for byte in range(256):
-            if trie.encode(bytes([byte]))[1] == 0:
-                raise TokenizerError("has no token for a byte", file=file, place=f"byte 0x{byte:02x}", remedy=_AGAIN)
-        self._trie = trie
+        super().__init__(trie)
 
-    @classmethod
-    def from_text(cls, data: bytes, file: Path | None = None) -> WorldTokenizer:
-        """Read the vocabulary file: lines of an id, a Python string or bytes literal and its length in bytes.
 
-        Args:
-            data: the file's content, UTF-8, with LF or CRLF ends.
-            file: its name, for errors.
+def _is_world(trie: VocabularyTrie) -> bool:
+    unused = (0, *range(WORLD_LAST_ID + 1, WORLD_VOCAB_SIZE))
+    return (
+        trie.vocab_size == WORLD_VOCAB_SIZE
+        and trie.n_entries == WORLD_LAST_ID
+        and not any(trie.token_bytes(token) for token in unused)
+        and all(trie.encode(bytes([byte]))[1] for byte in range(256))
+    )
 
-        Raises:
-            TokenizerError: a line is not of this form, or ids or byte strings are missing or appear twice.
-        """
-        return cls(VocabularyTrie(WORLD_VOCAB_SIZE, _parse_world(data, file)), file)
 
-    @property
-    def vocab_size(self) -> int:
-        """65536."""
-        return WORLD_VOCAB_SIZE
+def vocabulary_from_text(data: bytes, file: Path | None = None) -> TrieTokenizer:
+    """Read a vocabulary in the World format: lines of an id, a Python string or bytes literal and its length in bytes.
 
-    @property
-    def end_token(self) -> int | None:
-        """0."""
-        return 0
+    Args:
+        data: the file's content, UTF-8, with LF or CRLF ends.
+        file: its name, for errors.
 
-    def textless_tokens(self) -> frozenset[int]:
-        """65530 to 65535."""
-        return frozenset(range(WORLD_LAST_ID + 1, WORLD_VOCAB_SIZE))
+    Raises:
+        TokenizerError: a line is not of this form, an id or a byte string appears twice, or there is none.
+    """
+    return vocabulary_of(_parse_vocabulary(data, file), file)
 
-    def _encode(self, text: str, utf8: bytes) -> list[int]:
-        return self._trie.encode(utf8)[0]
 
-    def _decode_bytes(self, ids: list[int]) -> bytes:
-        return self._trie.decode(ids)
+def vocabulary_of(bytes_of_id: Mapping[int, bytes], file: Path | None = None) -> TrieTokenizer:
+    """The tokenizer of a vocabulary: a `WorldTokenizer` where it is of that size and complete.
 
-    def to_bytes(self) -> bytes:
-        """The compact form that csrc/vocabulary_trie.h describes."""
-        return self._trie.to_blob()
+    Args:
+        bytes_of_id: the byte string of every id that stands for something.
+        file: the file that it comes from, for errors.
+
+    Raises:
+        TokenizerError: there is none, or one is empty, too long or under two ids.
+    """
+    if not bytes_of_id:
+        raise TokenizerError("the vocabulary is empty", file=file, expected="an id on every line", remedy=_AGAIN)
+    vocab_size = max(bytes_of_id) + 1
+    entries = list(bytes_of_id.items())
+    try:
+        if vocab_size == WORLD_LAST_ID + 1 and _is_world(world := VocabularyTrie(WORLD_VOCAB_SIZE, entries)):
+            return WorldTokenizer(world, file)
+        return TrieTokenizer(VocabularyTrie(vocab_size, entries))
+    except ValueError as error:
+        raise TokenizerError(str(error), file=file, remedy=_AGAIN) from None
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -346,12 +397,12 @@ def load_tokenizer(kind: str, blob: bytes | memoryview, file: Path | None = None
     Raises:
         TokenizerError: the kind is unknown or the bytes are not what it writes.
     """
-    if kind == WorldTokenizer.kind:
+    if kind in (WorldTokenizer.kind, TrieTokenizer.kind):
         try:
             trie = VocabularyTrie.from_blob(blob)
         except ValueError as error:
             raise TokenizerError(str(error), file=file, place="tokenizer", remedy="export the engine again") from None
-        return WorldTokenizer(trie, file)
+        return WorldTokenizer(trie, file) if kind == WorldTokenizer.kind else TrieTokenizer(trie)
     if kind == HuggingFaceTokenizer.kind:
         return HuggingFaceTokenizer(bytes(blob), file)
     if kind == BytesTokenizer.kind:
@@ -364,21 +415,21 @@ def load_tokenizer(kind: str, blob: bytes | memoryview, file: Path | None = None
         "is of an unknown kind",
         file=file,
         place="tokenizer",
-        expected="bytes, hf or world",
+        expected="bytes, hf, trie or world",
         found=repr(kind)[:50],
         remedy="install a newer goslet",
     )
 
 
 def tokenizer_from_file(path: Path) -> Tokenizer:
-    """Read a World vocabulary (``.txt``) or a Hugging Face ``tokenizer.json`` (``.json``).
+    """Read a vocabulary in the World format (``.txt``) or a Hugging Face ``tokenizer.json`` (``.json``).
 
     Raises:
         TokenizerError: the file is missing, unreadable, too large, of neither kind or malformed.
     """
     suffix = pathlib.PurePath(path).suffix.lower()
     if suffix == ".txt":
-        return WorldTokenizer.from_text(_read(path), path)
+        return vocabulary_from_text(_read(path), path)
     if suffix == ".json":
         return HuggingFaceTokenizer(_read(path), path)
     raise TokenizerError(
@@ -395,13 +446,22 @@ def world_tokenizer() -> WorldTokenizer:
 
     Raises:
         DependencyError: the package is not installed, or does not hold the vocabulary.
-        TokenizerError: its vocabulary is malformed.
+        TokenizerError: its vocabulary is malformed or incomplete.
     """
     spec = importlib.util.find_spec("pyrwkv_tokenizer")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = os.path.join(folder, _WORLD_FILE)
         if os.path.isfile(path):
-            return WorldTokenizer.from_text(_read(path), path)
+            tokenizer = vocabulary_from_text(_read(path), path)
+            if not isinstance(tokenizer, WorldTokenizer):
+                raise TokenizerError(
+                    "the vocabulary is incomplete",
+                    file=path,
+                    expected=f"{WORLD_LAST_ID} tokens",
+                    found=tokenizer.n_entries,
+                    remedy="pip install --force-reinstall pyrwkv-tokenizer",
+                )
+            return tokenizer
     raise DependencyError(
         "the World vocabulary is not installed",
         place="package pyrwkv-tokenizer",
@@ -443,7 +503,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse_world(data: bytes, file: Path | None) -> list[tuple[int, bytes]]:
+def _parse_vocabulary(data: bytes, file: Path | None) -> dict[int, bytes]:
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -454,7 +514,7 @@ def _parse_world(data: bytes, file: Path | None) -> list[tuple[int, bytes]]:
     id_of_bytes: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            token, content = _parse_world_line(line.removesuffix("\r"))
+            token, content = _parse_vocabulary_line(line.removesuffix("\r"))
             if token in bytes_of_id:
                 raise ValueError(f"the id {token} appears twice")
             if content in id_of_bytes:
@@ -463,26 +523,17 @@ def _parse_world(data: bytes, file: Path | None) -> list[tuple[int, bytes]]:
             raise TokenizerError(str(error), file=file, place=f"line {number}", remedy=_AGAIN) from None
         bytes_of_id[token] = content
         id_of_bytes[content] = token
-    missing = [token for token in range(1, WORLD_LAST_ID + 1) if token not in bytes_of_id]
-    if missing:
-        raise TokenizerError(
-            "the vocabulary is incomplete",
-            file=file,
-            expected=f"ids 1 to {WORLD_LAST_ID}",
-            found=f"{len(missing)} missing, first {missing[0]}",
-            remedy=_AGAIN,
-        )
-    return list(bytes_of_id.items())
+    return bytes_of_id
 
 
-def _parse_world_line(line: str) -> tuple[int, bytes]:
+def _parse_vocabulary_line(line: str) -> tuple[int, bytes]:
     """One entry; raises ValueError with what is wrong about it."""
     if len(line) > _MAX_LINE_CHARACTERS:
         raise ValueError(f"the line is longer than {_MAX_LINE_CHARACTERS} characters")
     token_text, _, rest = line.partition(" ")
     literal, _, length_text = rest.rpartition(" ")
-    if not (token_text.isascii() and token_text.isdigit() and 1 <= int(token_text) <= WORLD_LAST_ID):
-        raise ValueError(f"the id is not a number from 1 to {WORLD_LAST_ID} (found {token_text[:20]!r})")
+    if not (token_text.isascii() and token_text.isdigit() and int(token_text) < MAX_VOCAB_SIZE):
+        raise ValueError(f"the id is not a number from 0 to {MAX_VOCAB_SIZE - 1} (found {token_text[:20]!r})")
     try:
         content = ast.literal_eval(literal.strip(" "))
     except (ValueError, SyntaxError, MemoryError, RecursionError):

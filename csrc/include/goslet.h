@@ -163,12 +163,13 @@ GOSLET_API goslet_status goslet_session_load(goslet_session* session, const char
 
 /* ------------------------------------------------------------------------------------------------------------ text */
 
-/* Engines with the World vocabulary or raw bytes can encode and decode; for engines with another tokenizer, or none,
- * both functions fail with GOSLET_UNSUPPORTED, and the application brings token ids of its own. */
+/* Engines with a vocabulary in the World format or raw bytes can encode and decode; for engines with another tokenizer,
+ * or none, both functions fail with GOSLET_UNSUPPORTED, and the application brings token ids of its own. */
 
 /* The tokens of a text, which need not end with NUL. `tokens` has room for `capacity` ids and may be NULL where that is
  * 0; *n_tokens becomes the number of ids. If that exceeds `capacity`, none is stored and the call fails with
- * GOSLET_BUFFER_TOO_SMALL. A text never has more ids than bytes. */
+ * GOSLET_BUFFER_TOO_SMALL. A text never has more ids than bytes. The World vocabulary has ids for any bytes; where a
+ * smaller one has none for some, the call fails with GOSLET_INVALID_ARGUMENT, and the message names the byte. */
 GOSLET_API goslet_status goslet_encode(const goslet_engine* engine, const char* text, size_t text_bytes,
                                        goslet_token* tokens, size_t capacity, size_t* n_tokens);
 
@@ -179,7 +180,7 @@ GOSLET_API goslet_status goslet_encode(const goslet_engine* engine, const char* 
 GOSLET_API goslet_status goslet_decode(const goslet_engine* engine, const goslet_token* tokens, size_t n_tokens,
                                        char* text, size_t capacity, size_t* n_bytes);
 
-/* The token that ends a document, 0 in the World vocabulary; -1 where there is none or it is not known. */
+/* The token that ends a document, 0 in RWKV's vocabularies; -1 where there is none or it is not known. */
 GOSLET_API goslet_token goslet_end_token(const goslet_engine* engine);
 
 #ifdef __cplusplus

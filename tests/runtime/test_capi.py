@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from programs import execute, tool
 
 import goslet
+from goslet.tokenizer import vocabulary_from_text
 
 from .capi import (
     BAD_FILE,
@@ -460,9 +461,34 @@ def test_world_tokens_are_those_of_python(c_api: ctypes.CDLL, world_engine: Path
     engine.close()
 
 
+def test_a_vocabulary_of_another_size_is_that_of_python(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
+    content = {3: b"a", 4: b"ab", 7: "é".encode(), 200: b"\n\n"}
+    lines = "".join(f"{token} {word!r} {len(word)}\n" for token, word in content.items())
+    tokenizer = vocabulary_from_text(lines.encode())
+    path = rewritten(tiny_engine, tmp_path / "m.goslet", tokenizer=(tokenizer.kind, tokenizer.to_bytes()))
+    engine = CEngine(c_api, path)
+    ids = tokenizer.encode("aabé\n\n")
+    assert engine.encode("aabé\n\n".encode()) == ids == [3, 4, 7, 200]
+    assert engine.decode([*ids, 0, 5]) == "aabé\n\n".encode()
+    room, count = np.zeros(9, np.int64), c_size_t(5)
+    assert c_api.goslet_encode(engine.handle, b"aabc", 4, room.ctypes.data, 9, byref(count)) == INVALID_ARGUMENT
+    assert count.value == 0 and "byte 3, is 99" in engine.error
+    assert c_api.goslet_end_token(engine.handle) == tokenizer.end_token == 0
+    engine.close()
+    with goslet.open(path) as python:
+        assert python.tokenizer is not None and python.tokenizer.encode("aab") == [3, 4]
+
+
 def test_tokenizers_that_do_not_fit_are_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.goslet"
-    for tokenizer in (("bytes", b"x"), ("world", b""), ("world", b"GVOC" + bytes(100))):
+    larger = vocabulary_from_text(b"256 'a' 1").to_bytes()
+    for tokenizer in (
+        ("bytes", b"x"),
+        ("world", b""),
+        ("world", b"GVOC" + bytes(100)),
+        ("trie", b"GVOC"),
+        ("trie", larger),
+    ):
         rewritten(tiny_engine, path, tokenizer=tokenizer, overwrite=True)
         assert refusal(c_api, path) == BAD_FILE
 

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,10 +21,12 @@ from goslet.tokenizer import (
     BytesTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
+    TrieTokenizer,
     WorldTokenizer,
     check_fits,
     load_tokenizer,
     tokenizer_from_file,
+    vocabulary_from_text,
     world_tokenizer,
 )
 
@@ -70,10 +72,14 @@ def small() -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(as_file(byte_level()))
 
 
-@pytest.fixture(scope="module", params=["world", "bytes", "hf"])
+@pytest.fixture(scope="module", params=["world", "trie", "bytes", "hf"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "bytes":
         return BytesTokenizer()
+    if request.param == "trie":
+        # Every byte, two tokens of several, and a gap.
+        words = {token: bytes([token - 1]) for token in range(1, 257)}
+        return vocabulary_from_text(trie_text(words | {300: "é".encode(), 400: b"goose"}))
     return request.getfixturevalue({"world": "world", "hf": "small"}[request.param])
 
 
@@ -301,8 +307,7 @@ def vocabulary_file(**lines: str) -> bytes:
 
 BAD_LINES = {
     "no id": ("b'\\x63' 1", "line 100: the id is not a number"),
-    "id 0": ("0 b'c' 1", "line 100: the id is not a number from 1 to 65529 .found '0'"),
-    "id too large": ("65530 b'c' 1", "line 100: the id is not a number from 1 to 65529"),
+    "id too large": ("16777216 b'c' 1", "line 100: the id is not a number from 0 to 16777215"),
     "id with a sign": ("+100 b'c' 1", "line 100: the id is not a number"),
     "id in other digits": ("\u0661\u0660\u0660 b'c' 1", "line 100: the id is not a number"),
     "huge id": ("9" * 4000 + " b'c' 1", "line 100: the id is not a number"),
@@ -339,7 +344,7 @@ class TestBadVocabularies:
 
     def test_the_good_twin_of_the_bad_files_is_read(self) -> None:
         # A string instead of bytes, and blanks at the token's ends.
-        tokenizer = WorldTokenizer.from_text(vocabulary_file(line_100="100 'c' 1", line_65529="65529 ' é ' 4"))
+        tokenizer = vocabulary_from_text(vocabulary_file(line_100="100 'c' 1", line_65529="65529 ' é ' 4"))
         assert (tokenizer.encode("b"), tokenizer.encode("c"), tokenizer.encode(" é ")) == ([99], [100], [65529])
 
     def test_code_is_refused_and_not_run(self, tmp_path: Path) -> None:
@@ -347,25 +352,26 @@ class TestBadVocabularies:
         code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
         for form in (code, f"f'{{{code}}}'", f"[{code}, 'c'][1]", f"'c' if {code} else 'c'"):
             with pytest.raises(errors.TokenizerError, match="line 100: the token is not a string or bytes literal"):
-                WorldTokenizer.from_text(vocabulary_file(line_100=f"100 {form} 1"))
+                vocabulary_from_text(vocabulary_file(line_100=f"100 {form} 1"))
         assert not mark.exists()
 
-    def test_an_incomplete_file_is_refused(self) -> None:
-        content = vocabulary_file()
-        with pytest.raises(errors.TokenizerError, match=r"incomplete.*found 29 missing, first 65501"):
-            WorldTokenizer.from_text(b"\n".join(content.split(b"\n")[:65500]))
-        with pytest.raises(errors.TokenizerError, match=r"incomplete.*found 65529 missing, first 1"):
-            WorldTokenizer.from_text(b"")
+    def test_an_empty_file_is_refused(self) -> None:
+        with pytest.raises(errors.TokenizerError, match="the vocabulary is empty"):
+            vocabulary_from_text(b"")
 
-    def test_a_missing_byte_is_refused(self) -> None:
-        with pytest.raises(errors.TokenizerError, match="byte 0x63: has no token for a byte"):
-            WorldTokenizer.from_text(
-                vocabulary_file(line_100="100 b'\\x63\\xff\\xff\\xff' 4", line_65529="65529 'ccc' 3")
-            )
+    def test_an_incomplete_package_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = tmp_path / "pyrwkv_tokenizer"
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / "rwkv_vocab_v20230424.txt").write_bytes(b"\n".join(vocabulary_file().split(b"\n")[:65500]))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "pyrwkv_tokenizer", raising=False)
+        with pytest.raises(errors.TokenizerError, match=r"incomplete.*expected 65529 tokens, found 65500"):
+            world_tokenizer()
 
     def test_a_file_that_is_not_utf8_is_refused(self) -> None:
         with pytest.raises(errors.TokenizerError, match="offset 3: is not UTF-8"):
-            WorldTokenizer.from_text(b"1 '\xff' 1\n")
+            vocabulary_from_text(b"1 '\xff' 1\n")
 
     @pytest.mark.parametrize(
         ("name", "make", "message"),
@@ -386,11 +392,13 @@ class TestBadVocabularies:
         assert str(tmp_path / name) in str(caught.value)
 
     def test_an_unknown_kind_is_refused(self) -> None:
-        with pytest.raises(errors.TokenizerError, match=r"unknown kind.*expected bytes, hf or world, found 'sentence'"):
+        with pytest.raises(
+            errors.TokenizerError, match=r"unknown kind.*expected bytes, hf, trie or world, found 'sentence'"
+        ):
             load_tokenizer("sentence", b"")
 
     def test_a_damaged_blob_is_refused(self) -> None:
-        blob = WorldTokenizer.from_text(vocabulary_file()).to_bytes()
+        blob = vocabulary_from_text(vocabulary_file()).to_bytes()
         assert load_tokenizer("world", blob).encode("c") == [100]
         for damaged in (b"", blob[:20], blob[:-1], blob + b"\0", b"X" + blob[1:], blob[:24] + b"\xff" * 4 + blob[28:]):
             with pytest.raises(errors.TokenizerError, match=r"tokenizer: .*export the engine again"):
@@ -404,6 +412,51 @@ class TestBadVocabularies:
             blob = VocabularyTrie(size, list(enumerate(words, start=first))).to_blob()
             with pytest.raises(errors.TokenizerError, match="is not a World vocabulary"):
                 load_tokenizer("world", blob)
+
+
+def trie_text(bytes_of_id: dict[int, bytes]) -> bytes:
+    return "".join(f"{token} {content!r} {len(content)}\n" for token, content in bytes_of_id.items()).encode()
+
+
+class TestOtherVocabularies:
+    """In the World format, but of another size: gaps in the ids, bytes that are missing, special tokens at the end."""
+
+    SMALL: ClassVar = {1: b"a", 2: b"b", 5: b"ab", 9: b"\xc3", 300: "é".encode()}
+
+    def test_the_longest_match_is_taken_and_gaps_stand_for_nothing(self) -> None:
+        tokenizer = vocabulary_from_text(trie_text(self.SMALL))
+        assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.end_token) == ("trie", 301, 0)
+        assert tokenizer.encode("abéba") == [5, 300, 2, 1]
+        assert tokenizer.decode([5, 0, 300, 3, 2]) == "abéb"
+        assert tokenizer.textless_tokens() == set(range(1, 301)) - set(self.SMALL)
+        again = load_tokenizer("trie", tokenizer.to_bytes())
+        assert again.to_bytes() == tokenizer.to_bytes() and again.encode("abé") == [5, 300]
+
+    @pytest.mark.parametrize(
+        ("text", "said"), [("abc", "character 2: .*found byte 0x63"), ("éèa", "character 1: .*found byte 0xa8")]
+    )
+    def test_a_byte_that_is_missing_is_named_when_it_is_needed(self, text: str, said: str) -> None:
+        with pytest.raises(errors.InputError, match=said):
+            vocabulary_from_text(trie_text(self.SMALL)).encode(text)
+
+    def test_an_id_behind_the_last_is_a_token_error(self) -> None:
+        with pytest.raises(errors.TokenError, match="found 301"):
+            vocabulary_from_text(trie_text(self.SMALL)).decode([301])
+
+    def test_id_0_may_stand_for_something(self) -> None:
+        tokenizer = vocabulary_from_text(trie_text({token: bytes([token]) for token in range(256)}))
+        assert (tokenizer.vocab_size, tokenizer.end_token) == (256, None)
+        assert tokenizer.encode("\x00é") == [0, 0xC3, 0xA9]
+        assert tokenizer.textless_tokens() == frozenset()
+
+    def test_the_worlds_vocabulary_with_tokens_more_or_less_is_not_the_worlds(self) -> None:
+        whole = vocabulary_from_text(vocabulary_file())
+        assert isinstance(whole, WorldTokenizer)
+        more = vocabulary_from_text(vocabulary_file() + b"65530 '<|im_start|>' 12\n")
+        assert isinstance(more, TrieTokenizer) and (more.kind, more.vocab_size) == ("trie", 65531)
+        assert more.encode("<|im_start|>") == [65530]
+        less = vocabulary_from_text(b"\n".join(vocabulary_file().split(b"\n")[:65500]))
+        assert (less.kind, less.vocab_size) == ("trie", 65501)
 
 
 class TestHuggingFace:
