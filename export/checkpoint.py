@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +23,7 @@ from ..errors import (
     TensorValueError,
 )
 from ..spec import ModelSpec
+from ..tokenizer import Tokenizer
 from .adapters import Adapter, merged
 from .models import recognise
 from .models.blocks import Version
@@ -45,7 +46,8 @@ class Checkpoint:
         version: the RWKV version's module.
         spec: the model's dimensions.
         rules: the engine's tensors, and how each is made.
-        tokenizer: a vocabulary file that belongs to the model, where there is one.
+        tokenizer: a vocabulary file that belongs to the model, or what reads the vocabulary in the model's own file,
+            where there is one.
         tuned_state: a tuned initial state that lies beside the model's tensors or in an adapter: ``time_state`` of its
             layers by their names in the file, or none.
         notes: what the owner should know of how the file was read, a sentence each.
@@ -56,7 +58,7 @@ class Checkpoint:
     version: Version
     spec: ModelSpec
     rules: tuple[TensorRule, ...]
-    tokenizer: Path | None
+    tokenizer: Path | Callable[[], Tokenizer] | None
     tuned_state: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
     _tensors: Mapping[str, StoredTensor]
@@ -168,7 +170,7 @@ def open_checkpoint(
                 raise CheckpointError(
                     "a tensor has a dtype that goslet does not read",
                     place=name,
-                    expected="float32, float16, bfloat16 or, in GGUF, Q8_0, Q4_0, Q5_0, Q4_K, Q5_K or Q6_K",
+                    expected="float32, float16 or bfloat16",
                     found=tensors[name].dtype,
                 )
     except CheckpointError as error:

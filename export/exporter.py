@@ -58,7 +58,7 @@ class ExportReport:
         bits_per_weight: bits of the weights section per number of the model, scales included.
         model_id: the model's id.
         spec: the model's dimensions.
-        tokenizer_kind: ``world``, ``hf``, ``bytes`` or None.
+        tokenizer_kind: ``world``, ``trie``, ``hf``, ``bytes`` or None.
         calibration_tokens: tokens that were read to calibrate, or None.
         duration_s: seconds that the export took.
         notes: what the owner should know of how the checkpoint was read, a sentence each.
@@ -114,9 +114,9 @@ def export_engine(
         moments: where what calibration finds is kept. A file that exists there is used, and finished if it is not.
         compensation: what is put beside quantized matrices to make up for their errors (`goslet.export.compensate`),
             by the calibration's text.
-        tokenizer: ``world``, ``bytes``, or the path of a World vocabulary (.txt) or a tokenizer.json. None means the
-            one in the checkpoint's folder where there is one, then bytes for a vocabulary of 256, and for any other an
-            engine that takes and gives token ids only.
+        tokenizer: ``world``, ``bytes``, or the path of a vocabulary in the World format (.txt) or a tokenizer.json.
+            None means the one in the checkpoint's folder or GGUF file where there is one, then bytes for a vocabulary
+            of 256, and for any other an engine that takes and gives token ids only.
         norm_eps: eps of the per-head group norm; None is the checkpoint's, or else the version's own.
         state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with;
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
@@ -357,13 +357,15 @@ def usual_chat(checkpoint: str | os.PathLike[str], version: str) -> str:
     return "g1-2025" if dates and dates[0] <= _LAST_OF_2025 else "g1"
 
 
-def _tokenizer(choice: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer | None:
+def _tokenizer(choice: str | os.PathLike[str] | Callable[[], Tokenizer] | None, vocab_size: int) -> Tokenizer | None:
     if choice is None:
         return load_tokenizer("bytes", b"") if vocab_size == 256 else None
     if choice == "bytes":
         vocabulary = load_tokenizer("bytes", b"")
     elif choice == "world":
         vocabulary = world_tokenizer()
+    elif callable(choice):
+        vocabulary = choice()
     else:
         vocabulary = tokenizer_from_file(choice)
     check_fits(vocabulary, vocab_size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TensorShapeError
+from ...tokenizer import Tokenizer
 from ..models.tensors import Shape, squeezed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -143,7 +144,8 @@ class StoredModel:
         tensors: every tensor by RWKV's own name.
         norm_eps: eps of the per-head group norm where the file says it.
         layer_norm_eps: eps of every LayerNorm where the file says it.
-        tokenizer: a vocabulary file that belongs to the model, where there is one.
+        tokenizer: a vocabulary file that belongs to the model, or what reads the vocabulary in the model's own file,
+            where there is one.
         notes: what the owner should know of how the file was read, a sentence each.
         first_norm: whether the model has ln0, the norm of what comes out of the embedding.
     """
@@ -152,6 +154,6 @@ class StoredModel:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     norm_eps: float | None = None
     layer_norm_eps: float | None = None
-    tokenizer: Path | None = None
+    tokenizer: Path | Callable[[], Tokenizer] | None = None
     notes: tuple[str, ...] = ()
     first_norm: bool = True

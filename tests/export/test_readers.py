@@ -181,66 +181,6 @@ def test_a_folders_vocabulary_is_taken(seven: Path, shared_data: Path, tmp_path:
     assert export_engine(tmp_path / "folder", tmp_path / "x.goslet").tokenizer_kind == "world"
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16"])
-def test_quantized_tensors_are_what_gguf_makes_of_them(kind: str, seven: Path, tmp_path: Path) -> None:
-    """The channel mix's value matrix, stored in each type; K-quants, which gguf cannot make, from random bytes."""
-    wanted, width = "blk.1.channel_mix_value.weight", 4 * SEVEN["n_embd"]
-    quantization = gguf.GGMLQuantizationType[kind]
-    rng = np.random.default_rng(3)
-    block, size_bytes = gguf.GGML_QUANT_SIZES[quantization]
-    data = rng.integers(0, 60, (SEVEN["n_embd"], width // block * size_bytes), np.uint8)
-    write_gguf(seven, tmp_path / "plain.gguf", "F32")
-    reader = gguf.GGUFReader(tmp_path / "plain.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "rwkv7")
-    writer.add_wkv_head_size(64)
-    for item in reader.tensors:
-        if item.name == wanted:
-            writer.add_tensor(item.name, data, raw_dtype=quantization)
-        else:
-            writer.add_tensor(item.name, np.array(item.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with open_checkpoint(tmp_path / "x.gguf") as source:
-        found = source.source(source.sources["blocks.1.ffn.value.weight"]).numpy()
-    expected = gguf.quants.dequantize(data, quantization)
-    assert found.std() > 0
-    np.testing.assert_array_equal(found, expected)
-
-
-def rewritten(source: Path, path: Path, kind: str, order: str) -> None:
-    """The same model in another byte order, its large matrices in another type."""
-    wanted = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "rwkv7", endianess=gguf.GGUFEndian[order])
-    writer.add_wkv_head_size(64)
-    for item in gguf.GGUFReader(source).tensors:
-        data = np.array(item.data)
-        if data.ndim == 2 and min(data.shape) >= 128:
-            data = gguf.quants.quantize(data, wanted)
-        writer.add_tensor(item.name, data, raw_dtype=wanted if data.dtype == np.uint8 else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "BF16"])
-def test_the_other_byte_order_is_the_same_model_or_refused_by_name(kind: str, seven: Path, tmp_path: Path) -> None:
-    write_gguf(seven, tmp_path / "plain.gguf", "F32")
-    for order in ("LITTLE", "BIG"):
-        rewritten(tmp_path / "plain.gguf", tmp_path / f"{order}.gguf", kind, order)
-    if kind in ("F32", "F16"):
-        with open_checkpoint(tmp_path / "LITTLE.gguf") as little, open_checkpoint(tmp_path / "BIG.gguf") as big:
-            assert little.model_id() == big.model_id()
-            rows, source = slice(3, 7), little.sources["emb.weight"]
-            assert torch.equal(little.source(source, rows), big.source(source, rows))
-            assert big.source(source, rows).abs().max() > 1e-3
-    else:
-        error = refusal(tmp_path / "BIG.gguf")
-        assert "big-endian" in str(error) and error.found == kind and error.remedy
-
-
 # ----------------------------------------------------------------------------------------------------------- bad files
 
 
