@@ -92,6 +92,7 @@ def export_engine(
     state: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
+    adapter_init: str | os.PathLike[str] | None = None,
     chat: str | os.PathLike[str] | None = None,
     onnx: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -120,8 +121,10 @@ def export_engine(
         norm_eps: eps of the per-head group norm; None is the checkpoint's, or else the version's own.
         state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with;
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
-        adapter: a LoRA, bone, DiSHA or state adapter, merged into the model (`goslet.export.adapters`).
-        alpha: the ``lora_alpha`` that a LoRA was trained with.
+        adapter: a LoRA, PiSSA, DoRA, bone, DiSHA or state adapter, or a folder of PEFT's, merged into the model
+            (`goslet.export.adapters`).
+        alpha: the ``lora_alpha`` that a LoRA was trained with, where no ``adapter_config.json`` beside it says it.
+        adapter_init: what PiSSA took out of the model when training began (RWKV-PEFT's ``init_pissa.pth``).
         chat: the chat template, a name in `goslet.chat.BUILT_IN`, ``none``, or the path of a JSON file. None means that
             of the G series for an RWKV-7 that is named as its files are, g1-2025 up to that year's last and g1 after
             it, and world for any other.
@@ -153,6 +156,7 @@ def export_engine(
             "the tokenizer": vocabulary_file,
             "the state": state,
             "the adapter": adapter,
+            "the adapter's beginning": adapter_init,
             "the chat template": None if chat == "none" or chat in BUILT_IN else chat,
             "the calibration text": calibrate,
         },
@@ -164,7 +168,7 @@ def export_engine(
     calibrated = calibrate is not None or moments is not None
     by_feedback = _by_feedback(method, bits, chosen, calibrated, compensation)
     conversation = None if chat in (None, "none") else chat_template(chat)
-    change = read_adapter(adapter, alpha)
+    change = read_adapter(adapter, alpha, adapter_init)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
         spec, version = source.spec, source.version
         if chat is None:
@@ -173,7 +177,8 @@ def export_engine(
         state_spec = version.state_spec(spec)
         if bits is not None:
             check_budget(bits, source.rules)
-        initial_state = _initial_state(state, source, state_spec)
+        notes = [*source.notes]
+        initial_state = _initial_state(state, source, state_spec, notes.append)
         report_progress("hashing", 0, 1)
         model_id = source.model_id()
         report_progress("hashing", 1, 1)
@@ -216,7 +221,8 @@ def export_engine(
                     "recipe": chosen.to_json(),
                     **({} if state is None else {"state": Path(state).name}),
                     **({} if change is None else {"adapter": change.path.name}),
-                    **({} if alpha is None else {"alpha": alpha}),
+                    **({} if adapter_init is None else {"adapter_init": Path(adapter_init).name}),
+                    **({} if change is None or change.told_alpha is None else {"alpha": change.told_alpha}),
                     **({} if norm_eps is None else {"norm_eps": norm_eps}),
                     **({} if seen is None else {"calibration_tokens": seen.tokens.size}),
                     **({"method": GPTQ} if by_feedback else {}),
@@ -255,7 +261,7 @@ def export_engine(
             tokenizer_kind=engine.tokenizer_kind,
             calibration_tokens=engine.provenance.get("calibration_tokens"),
             duration_s=time.monotonic() - start_s,
-            notes=source.notes,
+            notes=tuple(notes),
         )
 
 
@@ -329,7 +335,7 @@ def _check_apart(inputs: Mapping[str, str | os.PathLike[str] | None], outputs: l
 
 
 def _initial_state(
-    path: str | os.PathLike[str] | None, source: Checkpoint, state_spec: StateSpec
+    path: str | os.PathLike[str] | None, source: Checkpoint, state_spec: StateSpec, note: Callable[[str], None]
 ) -> dict[str, NDArray[np.float32]] | None:
     """A tuned state, if there is one, with the fresh values of the tensors that are never tuned."""
     if path is None and not source.tuned_state:
@@ -337,7 +343,7 @@ def _initial_state(
     tuned = (
         state_matrices(source.tuned_state, source.spec, source.path)
         if path is None
-        else read_tuned_state(path, source.spec)
+        else read_tuned_state(path, source.spec, note=note)
     )
     return {
         tensor.name: tuned.get(tensor.name, np.full(tensor.shape, tensor.init, np.float32))

@@ -9,7 +9,7 @@ or beside the model's own in a checkpoint that they were merged into.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError, MissingTensorError, TensorShapeError, TensorValueError
 from ..spec import ModelSpec
 from .models.tensors import TIME_STATE, squeezed
-from .readers.rwkv_file import load_pth
+from .readers.beside import load_beside
 from .readers.stored import FloatTensor, StoredTensor
 
 
-def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str, NDArray[np.float32]]:
+def read_tuned_state(
+    path: str | os.PathLike[str], spec: ModelSpec, *, note: Callable[[str], None] | None = None
+) -> dict[str, NDArray[np.float32]]:
     """The state's matrices in a model's own layout, float32 [H, N, N] by name (``0.wkv`` and so on).
 
     Args:
-        path: a ``.pth`` file with ``blocks.N.att.time_state`` for every layer; other tensors in it are not read.
+        path: a ``.pth`` or ``.safetensors`` file with ``blocks.N.att.time_state`` for every layer, or a ``.st`` of
+            web-rwkv's (`goslet.export.readers.beside`), told apart by content; other tensors in it are not read.
         spec: the model that it was tuned for.
+        note: called with each sentence that there is to say about how the file was read.
 
     Raises:
         CheckpointError: the file cannot be read, or the model is an RWKV-4, which has no such states.
@@ -38,7 +42,12 @@ def read_tuned_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str,
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("is no file", file=path, remedy="check the path")
-    return state_matrices({name: FloatTensor(tensor) for name, tensor in load_pth(path).items()}, spec, path)
+    tensors, notes = load_beside(path)
+    matrices = state_matrices({name: FloatTensor(tensor) for name, tensor in tensors.items()}, spec, path)
+    if note is not None:
+        for said in notes:
+            note(said)
+    return matrices
 
 
 def state_matrices(tensors: Mapping[str, StoredTensor], spec: ModelSpec, path: Path) -> dict[str, NDArray[np.float32]]:
@@ -56,7 +65,7 @@ def state_matrices(tensors: Mapping[str, StoredTensor], spec: ModelSpec, path: P
                 place=name,
                 expected=f"one of each of {spec.n_layer} layers",
                 found=", ".join(sorted(tensors)[:3])[:100] or "nothing",
-                remedy="give the .pth that state tuning saved for this model",
+                remedy="give the file that state tuning saved for this model",
             )
         if squeezed(tensors[name].shape) != squeezed(wanted):
             raise TensorShapeError(

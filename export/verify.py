@@ -180,6 +180,7 @@ def verify_engine(
     norm_eps: float | None = None,
     adapter: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
+    adapter_init: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare an engine with the checkpoint that it was made from.
@@ -194,6 +195,7 @@ def verify_engine(
         norm_eps: the eps of the group norm that the engine was exported with, where that was told.
         adapter: the adapter that the engine was exported with.
         alpha: and its alpha.
+        adapter_init: and what PiSSA took out of the model when training began.
         progress: called with a stage's name, the work done and all of it.
 
     Raises:
@@ -202,7 +204,7 @@ def verify_engine(
         BackendUnavailableError, BackendError: the backend does not exist here or fails.
     """
     report_progress = progress or (lambda stage, done, total: None)
-    change = read_adapter(adapter, alpha)
+    change = read_adapter(adapter, alpha, adapter_init)
     with (
         open_engine(engine, backend=backend, device=device, threads=threads, check=True) as opened,
         open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source,

@@ -11,7 +11,7 @@ from .hf_folder import read_folder
 from .rwkv_file import read_pth, read_safetensors
 from .stored import StoredModel, StoredTensor
 
-__all__ = ["StoredModel", "StoredTensor", "read_model"]
+__all__ = ["StoredModel", "StoredTensor", "read_model", "sniff"]
 
 _READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf}
 
@@ -22,11 +22,16 @@ def read_model(path: Path) -> StoredModel:
     Raises:
         CheckpointError: it is of none of the known forms, or not readable.
     """
-    kind = _sniff(path)
+    kind = sniff(path)
     return read_folder(path, read_model) if kind == "hf" else _READERS[kind](path)
 
 
-def _sniff(path: Path) -> str:
+def sniff(path: Path) -> str:
+    """What a file is by its content: ``pth``, ``safetensors`` or ``gguf``, and ``hf`` for any folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none of these.
+    """
     try:
         size_bytes = path.stat().st_size
         if path.is_dir():

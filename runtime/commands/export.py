@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="eps of the per-head group norm (default: the checkpoint's, else the version's own)",
     )
     parser.add_argument(
-        "--state", metavar="FILE", help="begin with this tuned state, a .pth with time_state (versions 5 to 7)"
+        "--state",
+        metavar="FILE",
+        help="begin with this tuned state, a .pth, .safetensors or .st with time_state (versions 5 to 7)",
     )
     add_adapter_flags(parser)
     parser.add_argument(
@@ -154,6 +156,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             state=args.state,
             adapter=args.adapter,
             alpha=args.alpha,
+            adapter_init=args.adapter_init,
             chat=args.chat_template,
             onnx=args.onnx,
             overwrite=args.force,

@@ -59,12 +59,22 @@ def positive_number(text: str) -> float:
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    """--adapter and --alpha."""
+    """--adapter, --alpha and --adapter-init."""
     parser.add_argument(
-        "--adapter", metavar="FILE", help="merge this LoRA, bone, DiSHA or state adapter into the model"
+        "--adapter",
+        metavar="FILE",
+        help="merge this LoRA, PiSSA, DoRA, bone, DiSHA or state adapter, or folder of PEFT's, into the model",
     )
     parser.add_argument(
-        "--alpha", type=positive_number, metavar="A", help="the lora_alpha that the LoRA was trained with"
+        "--alpha",
+        type=positive_number,
+        metavar="A",
+        help="the lora_alpha that a LoRA was trained with, where no adapter_config.json beside it says it",
+    )
+    parser.add_argument(
+        "--adapter-init",
+        metavar="FILE",
+        help="what PiSSA took out of the model when training began: RWKV-PEFT's init_pissa.pth",
     )
 
 

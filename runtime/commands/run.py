@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-in",
         metavar="FILE",
-        help="go on from this state instead of a fresh one; or begin with a tuned one, a .pth with time_state",
+        help="go on from this state instead of a fresh one; or begin with a tuned one: a .pth, .safetensors or .st "
+        "with time_state",
     )
     parser.add_argument("--state-out", metavar="FILE", help="save the state at the end")
 
@@ -72,7 +73,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     with open_engine(args) as engine:
         session = engine.session()
         if args.state_in is not None:
-            _take_state(session, args.state_in)
+            _take_state(session, args.state_in, console)
         tokens = _prompt_tokens(engine, prompt, args)
 
         def generate(last: Sequence[int]) -> Iterator[str]:
@@ -92,20 +93,21 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _take_state(session: Session, path: str) -> None:
-    """Load a state file, or a tuned initial state, which is a zip archive of torch's."""
+def _take_state(session: Session, path: str, console: Console) -> None:
+    """Load a state file, or a tuned initial state: a pickle, a zip archive of torch's or a safetensors file."""
     try:
         with open(path, "rb") as file:
-            is_tuned = file.read(4) == b"PK\x03\x04"
+            head = file.read(9)
     except OSError:  # `load` says what is wrong
-        is_tuned = False
+        head = b""
+    is_tuned = head.startswith((b"PK\x03\x04", b"\x80")) or head[8:] == b"{"
     if not is_tuned:
         session.load(path)
         return
     need_export_packages()
     from ..export.tuned_state import read_tuned_state
 
-    session.reset(read_tuned_state(path, session.engine.spec))
+    session.reset(read_tuned_state(path, session.engine.spec, note=console.note))
 
 
 def _prompt_argument(args: argparse.Namespace) -> str | list[int] | None:

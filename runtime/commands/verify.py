@@ -50,6 +50,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             norm_eps=args.norm_eps,
             adapter=args.adapter,
             alpha=args.alpha,
+            adapter_init=args.adapter_init,
             progress=progress,
         )
     if args.json:
