@@ -16,6 +16,9 @@
   nearest and then with a subtractive dither, which errs as much and independently. `ACTIVATION_FACTOR` times the
   largest of these is allowed on top of `FLOAT_LIMIT`. One draw is too few: the error of a small state's largest number
   is above twice another draw's about once in a thousand.
+- Oracle, where asked for: the checkpoint's own weights in the torch step, against what another library makes of the
+  same checkpoint (`goslet.export.oracles`). This alone sees what export and verify read wrongly alike. Both compute in
+  float32, so that the limit is `FLOAT_LIMIT`.
 - Residuals (`goslet.export.compensate`) make up for what storing takes, so none is larger, as a part of the matrix's
   norm, than `RESIDUAL_FACTOR` times the most that its format explains: what the matrices before took may come on top.
 
@@ -50,6 +53,7 @@ from .calibration import multiplied
 from .checkpoint import Checkpoint, open_checkpoint
 from .gptq import neighbours
 from .models.blocks import EagerOps, State, Version, token_pieces
+from .oracles import choose, run_oracle
 from .quantize import GPTQ
 
 FLOAT_LIMIT = 3e-5
@@ -57,6 +61,7 @@ ACTIVATION_FACTOR = 2.0
 ROUNDINGS = 3
 RESIDUAL_FACTOR = 2.0
 N_TOKENS = 64
+ORACLE_TOKENS = 16
 MODEL_ID = "model id"
 SAMPLE = (
     "The lighthouse keeper counted the ships as they came round the headland. Two of them carried timber, and the "
@@ -181,6 +186,7 @@ def verify_engine(
     adapter: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
     adapter_init: str | os.PathLike[str] | None = None,
+    against: str | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Compare an engine with the checkpoint that it was made from.
@@ -196,12 +202,17 @@ def verify_engine(
         adapter: the adapter that the engine was exported with.
         alpha: and its alpha.
         adapter_init: and what PiSSA took out of the model when training began.
+        against: another library that runs the checkpoint too, for the first `ORACLE_TOKENS` tokens: ``rwkv``,
+            ``transformers``, ``gguf`` or ``auto``, the one that reads the checkpoint's format.
         progress: called with a stage's name, the work done and all of it.
 
     Raises:
         ContainerError: the engine is damaged.
         CheckpointError: the checkpoint or the adapter cannot be read, or they do not fit together.
         BackendUnavailableError, BackendError: the backend does not exist here or fails.
+        InputError: `against` names no library, or none that reads this checkpoint, or there is an adapter or a tuned
+            state, which no other library knows of.
+        DependencyError: the library is not installed.
     """
     report_progress = progress or (lambda stage, done, total: None)
     change = read_adapter(adapter, alpha, adapter_init)
@@ -210,6 +221,13 @@ def verify_engine(
         open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source,
     ):
         file, spec = opened.file, opened.spec
+        oracle = None if against is None else choose(against, source.format, source.path)
+        if oracle is not None and (change is not None or source.tuned_state):
+            raise InputError(
+                f"{oracle.name} knows nothing of an adapter or a tuned state",
+                place="against",
+                remedy="compare the engine of the bare model, or leave --against out",
+            )
         differences = _differences(file, source)
         if set(differences) - {MODEL_ID}:
             return VerifyReport(opened.backend_name, 0, False, differences, (), {})
@@ -236,7 +254,13 @@ def verify_engine(
         checks += _step_checks("graph", graph, expected, ())
         checks += _step_checks(opened.backend_name, found, expected, rounded)
         report_progress("stepping", 4, 5)
-        original = _run_torch(version, spec, EagerOps(source.weights()), start, tokens)
+        weights = EagerOps(source.weights())
+        original = _run_torch(version, spec, weights, start, tokens)
+        if oracle is not None:
+            few = tokens[:ORACLE_TOKENS]
+            told = run_oracle(oracle, spec.version, source.path, few)
+            read = _run_torch(version, spec, weights, _fresh_state(file), few)
+            checks += _step_checks(oracle.label, {"logits": read["logits"]}, {"logits": told}, ())
         report_progress("stepping", 5, 5)
         divergence = _divergence(found["logits"], original["logits"], tokens)
         return VerifyReport(opened.backend_name, len(tokens), is_text, differences, tuple(checks), divergence)
@@ -319,6 +343,10 @@ def _initial_state(file: EngineFile) -> State:
     """What a fresh session of the engine begins with, each tensor with a batch axis."""
     if file.initial_state is not None:
         return {name: torch.from_numpy(values.copy())[None] for name, values in file.initial_state.items()}
+    return _fresh_state(file)
+
+
+def _fresh_state(file: EngineFile) -> State:
     return {tensor.name: torch.full((1, *tensor.shape), tensor.init) for tensor in file.state_spec.tensors}
 
 

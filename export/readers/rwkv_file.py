@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .webrwkv import undone
 from .wrapped import one_level, own_names
 
 # What trainers keep beside a model, and what only holds values.
-_HARMLESS = [argparse.Namespace]
+_HARMLESS: list[Any] = [argparse.Namespace]
 
 
 def read_pth(path: Path) -> StoredModel:

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="eps of the per-head group norm that the engine was exported with (default: the checkpoint's)",
     )
     add_adapter_flags(parser)
+    parser.add_argument(
+        "--against",
+        nargs="?",
+        const="auto",
+        metavar="LIBRARY",
+        help="let another library run the checkpoint too: rwkv, transformers or gguf (default: the one that reads it)",
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     add_backend_flags(parser)
 
@@ -51,6 +58,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             adapter=args.adapter,
             alpha=args.alpha,
             adapter_init=args.adapter_init,
+            against=args.against,
             progress=progress,
         )
     if args.json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save
 from torch import Tensor
+
+from goslet.export.oracles import ORACLES, run_program
 
 N_TOKENS = 200
 
@@ -104,7 +104,7 @@ def _environment(name: str) -> str:
 def compute_goldens(folder: Path) -> dict[str, Golden]:
     """What rwkv computes for each of `MODELS`."""
     rng = np.random.default_rng(3)
-    program = Path(__file__).with_name("rwkv_oracle.py")
+    oracle = ORACLES["rwkv"]
     goldens: dict[str, Golden] = {}
     for environment in ("old", "7", "7a"):
         names = [name for name in MODELS if _environment(name) == environment]
@@ -118,12 +118,7 @@ def compute_goldens(folder: Path) -> dict[str, Golden]:
             tokens.append(rng.integers(0, tensors["emb.weight"].shape[0], N_TOKENS))
         out, tokens_file = folder / f"{environment}.npz", folder / f"{environment}-tokens.npy"
         np.save(tokens_file, np.stack(tokens))
-        subprocess.run(
-            [sys.executable, program, environment, out, tokens_file, *paths],
-            check=True,
-            capture_output=True,
-            timeout=900,
-        )
+        run_program(oracle, environment, tokens_file, out, paths)
         results = np.load(out)
         for index, name in enumerate(names):
             n_states = sum(key.startswith(f"state_{index}_") for key in results)

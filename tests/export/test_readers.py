@@ -54,6 +54,9 @@ def write_gguf6(tensors: Tensors, path: Path, *, rescale: int) -> None:
     att |= {"time_maa_w1": "w1", "time_maa_w2": "w2", "time_maa_x": "lerp_x"}
     writer = gguf.GGUFWriter(path, "rwkv6")
     writer.add_wkv_head_size(64)
+    writer.add_embedding_length(tensors["emb.weight"].shape[1])
+    writer.add_block_count(sum(name.endswith(".ln1.weight") for name in tensors))
+    writer.add_layer_norm_eps(1e-5)
     writer.add_rescale_every_n_layers(rescale)
     for name, tensor in tensors.items():
         words = name.split(".")

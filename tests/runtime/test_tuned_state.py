@@ -1,8 +1,6 @@
 """Tuned initial states, for 5 and 6 against PyPI's rwkv, which takes them inside a checkpoint."""
 
 import ctypes
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from goslet.errors import (  # noqa: E402
     TensorValueError,
 )
 from goslet.export import export_engine  # noqa: E402
+from goslet.export.oracles import ORACLES, run_program  # noqa: E402
 from goslet.export.tuned_state import read_tuned_state  # noqa: E402
 
 from .capi import BAD_FILE, NOT_FINITE, OK, CEngine, refusal  # noqa: E402
@@ -54,9 +53,7 @@ def test_a_session_from_a_tuned_state_equals_pypi_rwkv(version: str, tmp_path: P
     save({**MODELS[version], **tuned()}, tmp_path / "both.pth")
     tokens = np.random.default_rng(3).integers(0, 256, (1, 30))
     np.save(tmp_path / "tokens.npy", tokens)
-    program = Path(__file__).parents[1] / "export/rwkv_oracle.py"
-    command = [sys.executable, program, "old", tmp_path / "out.npz", tmp_path / "tokens.npy", tmp_path / "both.pth"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    run_program(ORACLES["rwkv"], version, tmp_path / "tokens.npy", tmp_path / "out.npz", [tmp_path / "both.pth"])
     expected = np.load(tmp_path / "out.npz")["logits_0"]
     export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
     for backend in ("ort", "native"):
