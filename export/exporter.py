@@ -19,7 +19,7 @@ from onnx import ModelProto
 from .. import __version__
 from ..chat import BUILT_IN, chat_template
 from ..enginefile import EngineFile, TensorSource, write_engine
-from ..errors import InputError, OutputError
+from ..errors import InputError, OutputError, TokenizerError
 from ..output import check_output, hidden_folder
 from ..residuals import with_residuals
 from ..spec import ModelSpec, StateSpec
@@ -41,7 +41,7 @@ from .tuned_state import read_tuned_state, state_matrices
 
 Progress = Callable[[str, int, int], None]
 # What stands for a vocabulary without being a path.
-TOKENIZER_NAMES = ("bytes", "world")
+TOKENIZER_NAMES = ("bytes", "none", "world")
 # A word in the names of RWKV-7's G series, such as rwkv7-g1a-0.1b-20250728-ctx4096.pth, rwkv-g1k-13b-5228.pth or
 # rwkv7-2.9B-g1: g1, g1k, g0a2. (Not g64, which is a group of quantization.)
 _G_SERIES = re.compile(r"g\d(?:[a-z]\d?)?", re.IGNORECASE)
@@ -115,9 +115,10 @@ def export_engine(
         moments: where what calibration finds is kept. A file that exists there is used, and finished if it is not.
         compensation: what is put beside quantized matrices to make up for their errors (`goslet.export.compensate`),
             by the calibration's text.
-        tokenizer: ``world``, ``bytes``, or the path of a vocabulary in the World format (.txt) or a tokenizer.json.
-            None means the one in the checkpoint's folder or GGUF file where there is one, then bytes for a vocabulary
-            of 256, and for any other an engine that takes and gives token ids only.
+        tokenizer: ``world``, ``bytes``, the path of a vocabulary in the World format (.txt) or a tokenizer.json, or
+            ``none`` for an engine that takes and gives token ids only. None means the one in the checkpoint's folder or
+            GGUF file where there is one that goslet can use, then bytes for a vocabulary of 256, and for any other
+            token ids only.
         norm_eps: eps of the per-head group norm; None is the checkpoint's, or else the version's own.
         state: a tuned initial state (`goslet.export.tuned_state`), which fresh sessions of the engine then begin with;
             it goes before one that lies in the adapter or beside the checkpoint's own tensors.
@@ -173,11 +174,11 @@ def export_engine(
         spec, version = source.spec, source.version
         if chat is None:
             conversation = chat_template(usual_chat(checkpoint, spec.version))
-        vocabulary = _tokenizer(source.tokenizer if tokenizer is None else tokenizer, spec.vocab_size)
+        notes = [*source.notes]
+        vocabulary = _vocabulary(tokenizer, source, notes.append)
         state_spec = version.state_spec(spec)
         if bits is not None:
             check_budget(bits, source.rules)
-        notes = [*source.notes]
         initial_state = _initial_state(state, source, state_spec, notes.append)
         report_progress("hashing", 0, 1)
         model_id = source.model_id()
@@ -361,6 +362,30 @@ def usual_chat(checkpoint: str | os.PathLike[str], version: str) -> str:
         return "world"
     dates = [int(word) for word in words if re.fullmatch(r"20\d{6}", word)]
     return "g1-2025" if dates and dates[0] <= _LAST_OF_2025 else "g1"
+
+
+def _vocabulary(
+    choice: str | os.PathLike[str] | None, source: Checkpoint, note: Callable[[str], None]
+) -> Tokenizer | None:
+    """The tokenizer that was asked for or lies beside the checkpoint, where there is one that goslet can use."""
+    if choice == "none":
+        return None
+    beside = source.tokenizer
+    try:
+        return _tokenizer(beside if choice is None else choice, source.spec.vocab_size)
+    except TokenizerError as error:
+        # A tokenizer.json comes with every folder that transformers saves, and most kinds of it are not exact.
+        if choice is None and isinstance(beside, Path) and beside.suffix == ".json":
+            note(f"the engine takes and gives token ids only, as its folder's tokenizer cannot be used: {error}")
+            return None
+        raise TokenizerError(
+            error.problem,
+            file=error.file,
+            place=error.place,
+            expected=error.expected,
+            found=error.found,
+            remedy=f"{error.remedy + ', or ' if error.remedy else ''}--tokenizer none for an engine of token ids",
+        ) from error
 
 
 def _tokenizer(choice: str | os.PathLike[str] | Callable[[], Tokenizer] | None, vocab_size: int) -> Tokenizer | None:

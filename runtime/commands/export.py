@@ -77,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="and one of a share P of its numbers, such as 0.01: magnitude (default), weighted, l1 or flow",
     )
     parser.add_argument(
-        "--tokenizer", metavar="T", help="world, bytes, or the path of a vocabulary: a World .txt or a tokenizer.json"
+        "--tokenizer",
+        metavar="T",
+        help="world, bytes, none (token ids only), or the path of a vocabulary: a World .txt or a tokenizer.json "
+        "(default: the checkpoint's own)",
     )
     parser.add_argument(
         "--norm-eps",
@@ -173,7 +176,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     if args.onnx is not None:
         console.note(f"{args.onnx}: the step as ONNX, with its weights")
     if report.tokenizer_kind is None:
-        suggestion = SUGGESTED_TOKENIZERS.get(report.spec.vocab_size)
+        suggestion = None if args.tokenizer == "none" else SUGGESTED_TOKENIZERS.get(report.spec.vocab_size)
         if suggestion is not None:
             console.note(f"a vocabulary of {report.spec.vocab_size} is that of {suggestion}")
         console.note(f'it takes and gives token ids; try: {run_command(args.output)} --tokens "1,2,3"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,36 @@ def test_tokenizer_choices(one_layer: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.json"):
         export_engine(one_layer, tmp_path / "x.goslet", tokenizer=tmp_path / "absent.json")
     assert not (tmp_path / "x.goslet").exists()
+
+
+def write_metaspace_tokenizer(path: Path) -> None:
+    """A tokenizer.json of Llama's kind: pieces of text with spaces made visible, and bytes only to fall back to."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"\u2581": 0, "a": 1, "<0x0A>": 2}, [], byte_fallback=True))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(str(path))
+
+
+def test_a_tokenizer_beside_the_checkpoint_that_is_not_exact(one_layer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    shutil.copy(one_layer, folder / "model.pth")
+    write_metaspace_tokenizer(folder / "tokenizer.json")
+    report = export_engine(folder, tmp_path / "x.goslet")
+    assert report.tokenizer_kind is None
+    assert [
+        note for note in report.notes if "token ids only" in note and "tokenizer.json" in note and "ByteLevel" in note
+    ]
+    with pytest.raises(TokenizerError, match="--tokenizer none"):
+        export_engine(folder, tmp_path / "y.goslet", tokenizer=folder / "tokenizer.json")
+
+
+def test_no_tokenizer_where_bytes_would_do(one_layer: Path, tmp_path: Path) -> None:
+    report = export_engine(one_layer, tmp_path / "x.goslet", tokenizer="none")
+    assert report.tokenizer_kind is None
+    assert report.notes == ()
 
 
 def test_world_tokenizer_from_the_package(tmp_path: Path) -> None:
