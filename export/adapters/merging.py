@@ -17,6 +17,7 @@ from ...errors import (
 )
 from ..models.tensors import TIME_STATE, Shape, squeezed
 from ..readers.fla_names import from_fla6, from_fla7
+from ..readers.hf_folder import from_old
 from ..readers.stored import ConvertedTensor, FloatTensor, StoredModel, StoredTensor
 from .pissa import ALIGNED, SHARE_TOLERANCE, Alignment, align, holds_principal_part, sampled
 from .reading import Adapter, Modules, Part
@@ -25,9 +26,6 @@ Named = Callable[[str, StoredTensor], Iterator[tuple[str, StoredTensor]]]
 
 # RWKV-LM-RLHF adds this to the norms of a DoRA's columns; PEFT adds nothing to those of rows.
 _COLUMN_NORM_EPS = 1e-6
-# Names of transformers' RWKV behind the prefix that all of them have.
-_TRANSFORMERS_PARTS = ((".attention.", ".att."), (".feed_forward.", ".ffn."), (".pre_ln.", ".ln0."))
-_OLD_SHARES = ("key", "value", "receptance", "gate")
 
 
 @dataclass(frozen=True)
@@ -398,9 +396,5 @@ def _naming(model: StoredModel, adapter: Adapter) -> Named:
 
 
 def _from_transformers(name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """Names of transformers' RWKV, of which RWKV's own are the rest."""
-    for theirs, ours in _TRANSFORMERS_PARTS:
-        name = name.replace(theirs, ours)
-    for share in _OLD_SHARES:
-        name = name.replace(f".time_mix_{share}", f".time_mix_{share[0]}")
-    yield "emb" + name.removeprefix("embeddings") if name.startswith("embeddings.") else name, stored
+    """Names of transformers' RWKV, whose prefix is off, and RWKV's own."""
+    return from_old(f"rwkv.{name}" if name.startswith("embeddings.") else name, stored)

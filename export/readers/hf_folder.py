@@ -216,7 +216,7 @@ def _family(names: Mapping[str, Any]) -> tuple[Family | None, Callable[[str, Sto
     if any(name.startswith("rwkv7.") for name in names):
         return NATIVE7, _from_native
     if any(name.startswith("rwkv.") for name in names):
-        return OLD, _from_old
+        return OLD, from_old
     return None, _as_it_is
 
 
@@ -234,7 +234,8 @@ def _from_native(name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredT
     yield name.removeprefix("rwkv7."), stored
 
 
-def _from_old(name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+def from_old(name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """A tensor of transformers' RWKV, or of the RWKV-5 and 6 that go by its names, under RWKV's own."""
     for theirs, ours in _OLD_PARTS:
         name = name.replace(theirs, ours)
     yield name, stored

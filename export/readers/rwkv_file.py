@@ -58,11 +58,12 @@ def load_pth(path: Path) -> dict[str, Tensor]:
 
 def load_pth_level(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """As `load_pth`, and what there is to say about the rest of the file."""
-    mapped = zipfile.is_zipfile(path)
+    # Of a path torch takes the ending for the form, and maps nothing but a path.
+    mapped = zipfile.is_zipfile(path) and path.suffix.lower() != ".safetensors"
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower() or "unsupported class" in str(error).lower():
             wanted = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="exporting needs torch")
 
 from random_checkpoint import random_rwkv7, save  # noqa: E402
 
+from goslet.cli import main  # noqa: E402
 from goslet.errors import CheckpointError, GosletError, InputError, MissingTensorError  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.adapters import read_adapter  # noqa: E402
@@ -268,3 +269,16 @@ def test_a_beginning_that_does_not_fit(name: str, tmp_path: Path) -> None:
 def test_a_beginning_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"adapter_init.*without an adapter"):
         read_adapter(None, None, tmp_path / "init_pissa.pth")
+
+
+def test_the_commands_take_and_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(BASE, tmp_path / "base.pth")
+    adapter = ("--adapter", str(saved(TRAINED, tmp_path / "rwkv-5.pth")))
+    init = ("--adapter-init", str(saved(INIT, tmp_path / "init_pissa.pth")))
+    checkpoint, engine = str(tmp_path / "base.pth"), str(tmp_path / "x.goslet")
+    assert main(["export", checkpoint, "-o", engine, *adapter, "--alpha", "8"]) == 1
+    assert "--adapter-init" in capsys.readouterr().err and not Path(engine).exists()
+    assert main(["export", checkpoint, "-o", engine, *adapter, *init]) == 0
+    assert main(["verify", engine, checkpoint, *adapter, *init]) == 0
+    assert main(["inspect", engine]) == 0
+    assert "init_pissa.pth" in capsys.readouterr().out

@@ -97,6 +97,32 @@ def test_run_begins_with_a_tuned_state(run: Run, tmp_path: Path) -> None:
         assert session.tokens_seen == 3 + 12
 
 
+def test_a_tuned_state_goes_in_from_every_container_and_what_was_guessed_is_said(run: Run, tmp_path: Path) -> None:
+    """In `run` and in `export`; what begins as a state file of ours does goes on as one, whatever it is called."""
+    from safetensors.torch import save_file
+
+    half = {name: tensor.half() for name, tensor in tuned().items()}
+    save(SEVEN, tmp_path / "x.pth")
+    torch.save({name: tensor.float() for name, tensor in half.items()}, tmp_path / "state.pth")
+    torch.save(half, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    save_file({name: tensor.float() for name, tensor in half.items()}, tmp_path / "state.safetensors")
+    save_file({name: tensor.transpose(1, 2).contiguous() for name, tensor in half.items()}, tmp_path / "state.st")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
+    words = ("run", tmp_path / "x.goslet", "--tokens", "1,2,3", "-n", "12", "--temperature", "0")
+    expected = run(*words, "--state-in", tmp_path / "state.pth", "--state-out", tmp_path / "kept.safetensors")
+    assert expected.code == 0 and "turned" not in expected.err
+    for name in ("old.bin", "state.safetensors", "state.st"):
+        begun = run(*words, "--state-in", tmp_path / name)
+        assert (begun.code, begun.out) == (0, expected.out), name
+        assert ("turned back" in begun.err) == (name == "state.st")
+    assert run(*words, "--state-in", tmp_path / "kept.safetensors").code == 0
+    made = run(
+        "export", tmp_path / "x.pth", "-o", tmp_path / "y.goslet", "--quant", "f32", "--state", tmp_path / "state.st"
+    )
+    assert made.code == 0 and "turned back" in made.err
+    assert run(*(words[0], tmp_path / "y.goslet", *words[2:])).out == expected.out
+
+
 def test_files_that_are_no_state_of_the_model(run: Run, tmp_path: Path) -> None:
     save(SEVEN, tmp_path / "x.pth")
     export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant="f32")
