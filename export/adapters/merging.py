@@ -256,7 +256,10 @@ class _Merger:
                 down, up = taken[module]
                 if down.tensor.shape[1:] != weight.shape[1:] or up.tensor.shape[:1] != weight.shape[:1]:
                     continue  # the shapes are refused where they are added
-                share = align(weight, up.tensor, down.tensor, self._scale(module, pairs[module][0])).share
+                # OLoRA takes its projection times the scale out, the others a projection whatever the scale.
+                unscaled = config is not None and config.beginning == "olora"
+                scale = 1.0 if unscaled else self._scale(module, pairs[module][0])
+                share = align(weight, up.tensor, down.tensor, scale).share
                 if abs(share - 1) > SHARE_TOLERANCE:
                     raise CheckpointError(
                         "is not what was taken out of this model's matrix when training began",

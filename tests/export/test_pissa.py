@@ -232,6 +232,24 @@ def test_pefts_pissa_scales_what_it_takes_out_as_what_it_adds(tmp_path: Path) ->
     assert (weight(tmp_path, converted) - tuned[KEY + ".weight"]).abs().max() <= 1e-5
 
 
+def test_olora_takes_out_a_projection_times_the_scale(tmp_path: Path) -> None:
+    """PEFT begins with Q and R of W's QR decomposition, not divided by alpha / r as PiSSA's parts are."""
+    init, trained, expected = {}, {}, BASE[KEY + ".weight"].float()
+    for index, stem in enumerate(STEMS):
+        q, r = torch.linalg.qr(BASE[stem + ".weight"].float())
+        init[f"{stem}.lora_A"], init[f"{stem}.lora_B"] = r[:RANK], q[:, :RANK]
+        trained[f"{stem}.lora_A"], trained[f"{stem}.lora_B"] = moved(r[:RANK], 0.1, index), moved(q[:, :RANK], 0.1, 99)
+        if stem == KEY:
+            product = trained[f"{stem}.lora_B"] @ trained[f"{stem}.lora_A"]
+            expected = expected + 2 * (product - q[:, :RANK] @ r[:RANK])
+    before = put(tmp_path / "before", peft(init), lora_alpha=16)
+    after = put(tmp_path / "after", peft(trained), lora_alpha=16, init_lora_weights="olora")
+    found = weight(tmp_path, after, init=before)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    with pytest.raises(CheckpointError, match="PiSSA"):
+        weight(tmp_path, saved(peft(trained), tmp_path / "bare.pth"), alpha=16.0)
+
+
 OTHER = {name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(9)) for name, tensor in INIT.items()}
 BAD: dict[str, tuple[Tensors, Tensors | None, float | None, type[GosletError], str]] = {
     "another model's": (TRAINED, OTHER, None, CheckpointError, "not what was taken out of this model"),
