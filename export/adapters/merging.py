@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..models.tensors import TIME_STATE, Shape, squeezed
 from ..readers.fla_names import from_fla6, from_fla7
 from ..readers.hf_folder import from_old
 from ..readers.stored import ConvertedTensor, FloatTensor, StoredModel, StoredTensor
-from .pissa import ALIGNED, SHARE_TOLERANCE, Alignment, align, holds_principal_part, sampled
+from .pissa import ALIGNED, SHARE_TOLERANCE, align, holds_principal_part, sampled
 from .reading import Adapter, Modules, Part
 
 Named = Callable[[str, StoredTensor], Iterator[tuple[str, StoredTensor]]]
@@ -157,7 +158,9 @@ class _Merger:
             return
         taken = {} if adapter.init is None else {module: self._taken_out(module) for module in pairs}
         for module, (down, up) in pairs.items():
-            self._check_product(module, down, up)
+            self._check_product(module, down, up, adapter.path)
+            if module in taken:
+                self._check_product(module, *taken[module], adapter.init_path)
         self._check_beginning(pairs, taken)
         for module, (down, up) in pairs.items():
             scale = self._scale(module, down)
@@ -173,20 +176,20 @@ class _Merger:
                     self._tensors[own] = Added(base, change)
             self._rescale(module, adapter.modules[module])
 
-    def _check_product(self, module: str, down: Part, up: Part) -> None:
+    def _check_product(self, module: str, down: Part, up: Part, file: Path | None) -> None:
         if down.tensor.ndim != 2 or not down.tensor.shape[0]:
-            raise self._misfit(down, "[rank, inputs]")
+            raise self._misfit(down, "[rank, inputs]", file)
         rank = down.tensor.shape[0]
         if up.tensor.ndim != 2 or up.tensor.shape[1] != rank:
-            raise self._misfit(up, f"[outputs, {rank}]")
+            raise self._misfit(up, f"[outputs, {rank}]", file)
         own = self._plain(module)
         if own is None:
             return
         n_out, n_in = self._matrix(own, down)
         if down.tensor.shape[1] != n_in:
-            raise self._misfit(down, f"[rank, {n_in}]")
+            raise self._misfit(down, f"[rank, {n_in}]", file)
         if up.tensor.shape[0] != n_out:
-            raise self._misfit(up, [n_out, rank])
+            raise self._misfit(up, [n_out, rank], file)
 
     def _scale(self, module: str, down: Part) -> float:
         adapter, rank = self._adapter, down.tensor.shape[0]
@@ -230,50 +233,40 @@ class _Merger:
                 "PEFT's path_initial_model_for_weight_conversion; where the checkpoint is what was left of the model, "
                 "set init_lora_weights to true",
             )
-        named = {module: own for module in pairs if (own := self._plain(module)) is not None}
-        chosen = {
-            module: self._target(named[module], pairs[module][0]).read(slice(None)) for module in sampled([*named])
-        }
-        if not taken:
-            # RWKV-PEFT's PiSSA has no scale, PEFT's has a LoRA's.
-            found = [self._aligned(chosen[module], *pairs[module], 1.0) for module in chosen]
-            scaled = [
-                self._aligned(chosen[module], *pairs[module], self._scale(module, pairs[module][0]))
-                for module in (chosen if config is not None or adapter.alpha is not None else ())
-            ]
-            if holds_principal_part(found) or holds_principal_part(scaled):
+        # OLoRA takes its projection times the scale out, PEFT's others a projection whatever the scale is, and
+        # RWKV-PEFT's PiSSA has none.
+        unscaled = config is not None and config.beginning == "olora"
+        plain, scaled = [], []
+        for module in sampled([module for module in pairs if self._plain(module) is not None]):
+            down, up = taken.get(module, pairs[module])
+            weight = self._target(self._plain(module) or "", down).read(slice(None))
+            found = align(weight, up.tensor, down.tensor)
+            if not taken:
+                plain.append(found)
+                if config is not None or adapter.alpha is not None:
+                    scaled.append(found.times(self._scale(module, down)))
+                continue
+            share = (found if unscaled else found.times(self._scale(module, pairs[module][0]))).share
+            if abs(share - 1) > SHARE_TOLERANCE and not (config is not None and config.beginning == "lora_ga"):
                 raise CheckpointError(
-                    "is a PiSSA, not a LoRA: its products hold the principal part of the matrices that they would be "
-                    "added to, which was taken out of them for training and would count twice",
-                    file=adapter.path,
-                    expected=f"an alignment below {ALIGNED}",
-                    found=f"{sum(one.aligned for one in found) / len(found):.2f}",
-                    remedy="give init_pissa.pth, which RWKV-PEFT saved in its proj_dir when training began, as "
-                    "--adapter-init",
+                    "is not what was taken out of this model's matrix when training began",
+                    file=adapter.init_path,
+                    place=module[:100],
+                    expected="a part of it (share 1)",
+                    found=f"share {share:.3g}",
+                    remedy="give the checkpoint that was trained on and what was saved when this training began; of an "
+                    "adapter of PEFT also its adapter_config.json or the right --alpha",
                 )
-        elif config is None or config.beginning != "lora_ga":
-            for module, weight in chosen.items():
-                down, up = taken[module]
-                if down.tensor.shape[1:] != weight.shape[1:] or up.tensor.shape[:1] != weight.shape[:1]:
-                    continue  # the shapes are refused where they are added
-                # OLoRA takes its projection times the scale out, the others a projection whatever the scale.
-                unscaled = config is not None and config.beginning == "olora"
-                scale = 1.0 if unscaled else self._scale(module, pairs[module][0])
-                share = align(weight, up.tensor, down.tensor, scale).share
-                if abs(share - 1) > SHARE_TOLERANCE:
-                    raise CheckpointError(
-                        "is not what was taken out of this model's matrix when training began",
-                        file=adapter.init_path,
-                        place=module[:100],
-                        expected="a part of it (share 1)",
-                        found=f"share {share:.3g}",
-                        remedy="give the checkpoint that was trained on and what was saved when this training began; "
-                        "of an adapter of PEFT also its adapter_config.json or the right --alpha",
-                    )
-
-    @staticmethod
-    def _aligned(weight: Tensor, down: Part, up: Part, scale: float) -> Alignment:
-        return align(weight, up.tensor, down.tensor, scale)
+        if holds_principal_part(plain) or holds_principal_part(scaled):
+            raise CheckpointError(
+                "is a PiSSA, not a LoRA: its products hold the principal part of the matrices that they would be "
+                "added to, which was taken out of them for training and would count twice",
+                file=adapter.path,
+                expected=f"an alignment below {ALIGNED}",
+                found=f"{sum(one.aligned for one in plain) / len(plain):.2f}",
+                remedy="give init_pissa.pth, which RWKV-PEFT saved in its proj_dir when training began, as "
+                "--adapter-init",
+            )
 
     def _rescale(self, module: str, parts: Mapping[str, Part]) -> None:
         """DoRA's magnitudes, of a matrix that its product is in already."""
@@ -379,10 +372,10 @@ class _Merger:
             remedy="it belongs to another model or version, or is of a form that goslet does not merge",
         )
 
-    def _misfit(self, part: Part, expected: object) -> TensorShapeError:
+    def _misfit(self, part: Part, expected: object, file: Path | None = None) -> TensorShapeError:
         return TensorShapeError(
             "the adapter does not fit the model",
-            file=self._adapter.path,
+            file=file or self._adapter.path,
             place=part.name[:100],
             expected=expected,
             found=list(part.tensor.shape),

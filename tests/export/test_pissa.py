@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="exporting needs torch")
 from random_checkpoint import random_rwkv7, save  # noqa: E402
 
 from goslet.cli import main  # noqa: E402
-from goslet.errors import CheckpointError, GosletError, InputError, MissingTensorError  # noqa: E402
+from goslet.errors import CheckpointError, GosletError, InputError, MissingTensorError, TensorShapeError  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.adapters import read_adapter  # noqa: E402
 from goslet.export.adapters.pissa import ALIGNED, LARGEST_SHARE, align, holds_principal_part  # noqa: E402
@@ -146,7 +146,7 @@ def test_numbers_of_both_kinds_lie_far_from_the_limits(rank: int) -> None:
             generator = torch.Generator().manual_seed(100 * rank + seed)
             up, down = torch.randn(n_out, rank, generator=generator), torch.randn(rank, n_in, generator=generator)
             for size in (1e-3, 1.0, 1e3):
-                unrelated.append(align(matrix, up, down, size))
+                unrelated.append(align(matrix, up, down).times(size))
         assert abs(sum(one.aligned for one in unrelated) / len(unrelated)) < ALIGNED / 2, name
         assert not holds_principal_part(unrelated)
         torch.manual_seed(rank)
@@ -156,11 +156,11 @@ def test_numbers_of_both_kinds_lie_far_from_the_limits(rank: int) -> None:
             beginnings[f"fast svd {iterations}"] = (left * sizes.sqrt(), sizes.sqrt()[:, None] * right.T)
         for kind, (up, down) in beginnings.items():
             for scale in (0.5, 1.0, 4.0):
-                found = align(matrix, up / scale, down, scale)
+                found = align(matrix, up / scale, down).times(scale)
                 assert abs(found.share - 1) < 1e-3, (name, kind)
                 assert found.aligned > 0.75, (name, kind)
             for by in (0.1, 0.3, 0.5):
-                found = align(matrix, moved(up, by, 1), moved(down, by, 2), 1.0)
+                found = align(matrix, moved(up, by, 1), moved(down, by, 2))
                 assert found.aligned > 2 * ALIGNED and found.share < 1.1 < LARGEST_SHARE, (name, kind, by)
                 assert holds_principal_part([found])
 
@@ -195,7 +195,7 @@ def test_a_lora_that_was_trained_hard_is_no_pissa(tmp_path: Path) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert losses[-1] < losses[0] / 10, "it must have learnt"
-    found = [align(weights[f"{s}.weight"], up.detach(), down.detach(), 1.0) for s, (up, down) in pairs.items()]
+    found = [align(weights[f"{s}.weight"], up.detach(), down.detach()) for s, (up, down) in pairs.items()]
     assert max(one.squared for one in found) > 1.0, "the products must be large"
     assert max(abs(one.aligned) for one in found) < ALIGNED
     assert abs(sum(one.aligned for one in found) / len(found)) < ALIGNED / 2
@@ -271,6 +271,13 @@ BAD: dict[str, tuple[Tensors, Tensors | None, float | None, type[GosletError], s
     "too few": (TRAINED, {n: t for n, t in INIT.items() if KEY in n}, None, MissingTensorError, "nothing of a matrix"),
     "an alpha beside it": (TRAINED, INIT, 8.0, InputError, "PiSSA.*leave it out"),
     "as the adapter": (INIT, None, None, CheckpointError, "--adapter-init"),
+    "ranks that differ": (
+        TRAINED,
+        {name: tensor[:4] if name.endswith("A") else tensor for name, tensor in INIT.items()},
+        None,
+        TensorShapeError,
+        r"init\.pth.*does not fit",
+    ),
     "of bone": ({f"{KEY}.bone": torch.ones(8, 192)}, INIT, None, InputError, "PiSSA, which this adapter is not"),
 }
 
