@@ -42,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder.
-        format: ``"pth"``, ``"safetensors"``, ``"hf"`` or ``"gguf"``.
+        format: ``"pth"``, ``"safetensors"``, ``"hf"``, ``"gguf"`` or ``"ggml"``.
         version: the RWKV version's module.
         spec: the model's dimensions.
         rules: the engine's tensors, and how each is made.
@@ -136,8 +136,8 @@ def open_checkpoint(
     """Open and recognise a checkpoint.
 
     Args:
-        path: an RWKV ``.pth``, ``.safetensors`` or ``.gguf`` file, told apart by content, not by name, or a Hugging
-            Face folder.
+        path: an RWKV ``.pth``, ``.safetensors``, ``.st``, ``.gguf`` or rwkv.cpp ``.bin`` file, told apart by content,
+            not by name, or a Hugging Face folder.
         norm_eps: eps of the per-head group norm, where the checkpoint was trained with another than its version's.
         adapter: merged into the model.
 
@@ -154,7 +154,7 @@ def open_checkpoint(
         tuned = {name: tensor for name, tensor in model.tensors.items() if name.endswith(TIME_STATE)}
         tensors = {name: tensor for name, tensor in model.tensors.items() if name not in tuned}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        version = recognise(shapes)
+        version = recognise(shapes or {name: tensor.shape for name, tensor in tuned.items()})
         spec = version.read_spec(shapes, model.norm_eps if norm_eps is None else norm_eps)
         if model.layer_norm_eps is not None:
             spec = replace(spec, layer_norm_eps=model.layer_norm_eps)

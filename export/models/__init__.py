@@ -7,17 +7,11 @@ from typing import cast
 from ...errors import CheckpointError
 from . import rwkv4, rwkv5, rwkv6, rwkv7
 from .blocks import Version
+from .refused import refuse_known, refuse_others
 from .tensors import Shapes
 
 VERSIONS: tuple[Version, ...] = tuple(cast(Version, module) for module in (rwkv4, rwkv5, rwkv6, rwkv7))
 NAMES = tuple(name for version in VERSIONS for name in version.NAMES)
-
-
-# What no engine of a fixed-size state can be: part of a tensor's name, version, reason.
-_REFUSED = (
-    (".qkv.", "7b", "its attention keeps keys and values of every token"),
-    ("rosa", "8", "its ROSA looks words up in the whole text before them"),
-)
 
 
 def recognise(shapes: Shapes) -> Version:
@@ -26,21 +20,16 @@ def recognise(shapes: Shapes) -> Version:
     Raises:
         CheckpointError: no version that goslet knows has such tensors, or it is one without a state of fixed size.
     """
-    for part, refused, reason in _REFUSED:
-        for name in shapes:
-            if name.startswith("blocks.") and part in name:
-                raise CheckpointError(
-                    f"is an RWKV-{refused}, which goslet does not run: {reason}, so its past has no fixed size",
-                    place=name,
-                    expected=f"RWKV-{', '.join(NAMES[:-1])} or {NAMES[-1]}",
-                )
+    known = f"RWKV-{', '.join(NAMES[:-1])} or {NAMES[-1]}"
+    refuse_known(shapes, known)
     for version in VERSIONS:
         if version.recognise(shapes):
             return version
     names = sorted(shapes)
+    refuse_others(shapes, known)
     raise CheckpointError(
         "is not a model that goslet knows",
-        expected=f"tensors of RWKV-{', '.join(NAMES[:-1])} or {NAMES[-1]}",
+        expected=f"tensors of {known}",
         found=", ".join(names[:3]) + ", …" if names else "no tensors",
         remedy="check that this is an RWKV checkpoint of a supported version in its original tensor names",
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, TensorShapeError
 from ..models.tensors import TIME_STATE
-from . import sniff
+from .kinds import kind_of
 from .rwkv_file import load_pth_level, load_safetensors
 from .wrapped import own_names
 
@@ -36,7 +36,7 @@ def load_beside(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         UnsafeCheckpointError: it is a pickle that would run code.
         DependencyError: it is a safetensors file and safetensors is not installed.
     """
-    kind = sniff(path)
+    kind = kind_of(path)
     if kind not in ("pth", "safetensors"):
         raise CheckpointError(
             "is no adapter and no state, which lie in a file of tensors",

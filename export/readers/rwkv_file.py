@@ -7,8 +7,10 @@ everything else; no code from the file runs.
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -75,17 +77,53 @@ def load_pth_level(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
                 remedy="where you trust who made it, load it with the program that saved it, and save its state_dict "
                 "alone with torch.save, or as .safetensors",
             ) from error
-        raise CheckpointError("is not a readable .pth file", file=path, remedy="download it again") from error
+        raise _unreadable_pth(path, mapped, error) from error
     except Exception as error:  # a damaged pickle can fail anywhere in torch
-        raise CheckpointError(
-            f"is not a readable .pth file: {first_line(error)}",
-            file=path,
-            remedy="check that the download is complete",
-        ) from error
+        raise _unreadable_pth(path, mapped, error) from error
     tensors, notes = one_level(content, path)
     for name, tensor in tensors.items():
         _check_plain(name, tensor, path)
     return tensors, notes
+
+
+def _unreadable_pth(path: Path, whole_zip: bool, error: Exception) -> CheckpointError:
+    """Why torch failed. A zip archive's directory is at its end: where that is missing, the file was cut off."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    ended = isinstance(error, EOFError) or "EOF" in str(error) or "ran out of input" in str(error).lower()
+    if (zipped and not whole_zip) or (not zipped and ended):
+        return CheckpointError(
+            "is a .pth file that is cut off",
+            file=path,
+            expected="the archive's directory at its end" if zipped else "the pickle's end",
+            found=f"{path.stat().st_size} bytes",
+            remedy="check that the download is complete",
+        )
+    if whole_zip:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError):
+            names = []
+        if names and not any(name.endswith("data.pkl") for name in names):
+            return CheckpointError(
+                "is a zip archive of other things, not what torch.save writes",
+                file=path,
+                expected="data.pkl in it",
+                found=", ".join(name[:40] for name in names[:3]),
+                remedy="unpack it, and give the checkpoint inside",
+            )
+        if any("/code/" in name for name in names):
+            return CheckpointError(
+                "is a TorchScript program, not a checkpoint",
+                file=path,
+                remedy="save its state_dict with torch.save, or as .safetensors",
+            )
+    return CheckpointError(
+        f"is not a readable .pth file: {first_line(error)}",
+        file=path,
+        remedy="it is damaged, or holds something else than torch.save writes: compare its checksum with its source's",
+    )
 
 
 def _check_plain(name: str, tensor: Tensor, path: Path) -> None:
@@ -116,8 +154,31 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, RuntimeError, ValueError, OSError, AttributeError) as error:
+        wanted = _safetensors_bytes(path)
+        if wanted is not None and wanted > path.stat().st_size:
+            raise CheckpointError(
+                "is a .safetensors file that is cut off",
+                file=path,
+                expected=f"{wanted} bytes, by its header",
+                found=f"{path.stat().st_size} bytes",
+                remedy="check that the download is complete",
+            ) from error
         raise CheckpointError(
             f"is not a readable .safetensors file: {first_line(error)}",
             file=path,
-            remedy="check that the download is complete",
+            remedy="it is damaged: compare its checksum with its source's",
         ) from error
+
+
+def _safetensors_bytes(path: Path) -> int | None:
+    """How long a file is by its own header, None where that says nothing."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = struct.unpack("<Q", file.read(8))[0]
+            if header_bytes > path.stat().st_size:
+                return None
+            header = json.loads(file.read(header_bytes))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return int(8 + header_bytes + max(int(end) for end in ends))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+        return None

@@ -140,7 +140,7 @@ class StoredModel:
     """What a reader found.
 
     Attributes:
-        format: ``"pth"``, ``"safetensors"``, ``"hf"`` or ``"gguf"``.
+        format: ``"pth"``, ``"safetensors"``, ``"hf"``, ``"gguf"`` or ``"ggml"``.
         tensors: every tensor by RWKV's own name.
         norm_eps: eps of the per-head group norm where the file says it.
         layer_norm_eps: eps of every LayerNorm where the file says it.

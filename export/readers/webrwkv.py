@@ -50,6 +50,7 @@ def undone(tensors: Mapping[str, StoredTensor], path: Path) -> tuple[Tensors, tu
         CheckpointError: it cannot be told whether the converter made it, and the numbers mean something else if so.
         TensorShapeError: some tensors lie as the converter leaves them and some do not.
     """
+    own: Tensors | None
     if "blocks.0.att.time_mix_x" in tensors:
         own = _undo6(tensors)
     elif any(name.endswith(".att.r_k") for name in tensors):
