@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from ..output import check_output, hidden_folder
 from ..residuals import with_residuals
 from ..spec import ModelSpec, StateSpec
 from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
-from ..weights import EncodedWeight, WeightFormat, encode_blocks
+from ..weights import FLOAT_BYTES, EncodedWeight, WeightFormat, encode_blocks
 from .adapters import read_adapter
 from .calibration import MomentsFile, multiplied, open_moments
 from .calibration_text import CALIBRATION_TOKENS
@@ -37,6 +37,7 @@ from .onnxfile import write_onnx
 from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, check_budget, recipe
 from .residuals import add_to_graph, add_to_program
 from .sensitivity import losses, output_sensitivities
+from .streamed import MAX_FILE_BYTES, check_name, data_path
 from .tuned_state import read_tuned_state, state_matrices
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,7 @@ class ExportReport:
         spec: the model's dimensions.
         tokenizer_kind: ``world``, ``trie``, ``hf``, ``bytes`` or None.
         calibration_tokens: tokens that were read to calibrate, or None.
+        onnx: the files of the ONNX model, if one was asked for.
         duration_s: seconds that the export took.
         notes: what the owner should know of how the checkpoint was read, a sentence each.
     """
@@ -71,6 +73,7 @@ class ExportReport:
     spec: ModelSpec
     tokenizer_kind: str | None
     calibration_tokens: int | None
+    onnx: tuple[Path, ...]
     duration_s: float
     notes: tuple[str, ...]
 
@@ -129,7 +132,8 @@ def export_engine(
         chat: the chat template, a name in `goslet.chat.BUILT_IN`, ``none``, or the path of a JSON file. None means that
             of the G series for an RWKV-7 that is named as its files are, g1-2025 up to that year's last and g1 after
             it, and world for any other.
-        onnx: write also a self-contained ONNX model that takes a token, here.
+        onnx: write also a self-contained ONNX model that takes a token, here (`goslet.export.onnxfile`); beyond 2 GiB
+            its weights lie in a second file beside it, ``NAME.data``.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
 
@@ -148,6 +152,8 @@ def export_engine(
     outputs = [path] if onnx is None else [path, onnx]
     for output in outputs:
         check_output(output, overwrite)
+    if onnx is not None:
+        outputs.append(data_path(Path(onnx)))
     if moments is not None:
         outputs.append(moments)
     vocabulary_file = None if tokenizer in TOKENIZER_NAMES else tokenizer
@@ -179,6 +185,9 @@ def export_engine(
         state_spec = version.state_spec(spec)
         if bits is not None:
             check_budget(bits, source.rules)
+        if onnx is not None and _onnx_bytes(source.rules, chosen, bits) > MAX_FILE_BYTES:
+            check_output(data_path(Path(onnx)), overwrite)
+            check_name(data_path(Path(onnx)))
         initial_state = _initial_state(state, source, state_spec, notes.append)
         report_progress("hashing", 0, 1)
         model_id = source.model_id()
@@ -249,9 +258,10 @@ def export_engine(
                         overwrite=overwrite,
                     )
     with EngineFile.open(path) as engine:
+        onnx_files: tuple[Path, ...] = ()
         if onnx is not None:
             report_progress("writing ONNX", 0, 1)
-            write_onnx(engine, onnx, overwrite=overwrite)
+            onnx_files = write_onnx(engine, onnx, overwrite=overwrite)
             report_progress("writing ONNX", 1, 1)
         return ExportReport(
             path=Path(path),
@@ -261,6 +271,7 @@ def export_engine(
             spec=spec,
             tokenizer_kind=engine.tokenizer_kind,
             calibration_tokens=engine.provenance.get("calibration_tokens"),
+            onnx=onnx_files,
             duration_s=time.monotonic() - start_s,
             notes=tuple(notes),
         )
@@ -281,6 +292,15 @@ def _plain_engine(
         write(place, graph=content, tensors=tensors, program=program, overwrite=False)
         with EngineFile.open(place) as plain:
             yield plain
+
+
+def _onnx_bytes(rules: Sequence[TensorRule], chosen: Recipe, bits: float | None) -> float:
+    """About how large an ONNX model's weights will be, rather more than less."""
+    # An embedding of 3 or 4 bits takes 8 there, and a scale of a group of 32 takes 32.
+    return sum(
+        math.prod(rule.shape) * (2 if bits is not None else FLOAT_BYTES.get(chosen.format_of(rule).name, 1.125))
+        for rule in rules
+    )
 
 
 def _by_feedback(

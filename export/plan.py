@@ -20,9 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from onnx import TensorProto
+from typing import Any
 
 from ..cuda_layout import PLUGIN_VERSION
 from ..enginefile import EngineFile
@@ -31,13 +29,13 @@ from ..machine import Gpu, gpu
 from ..output import atomic_write, check_output, hidden_folder, output_error
 from ..planfile import INSTALL, RUNNABLE_TARGETS, PlanKey, beside, installed_package, write_plan
 from ..trt_plugin import LIBRARY, find_plugin
-from .trt_graph import PRECISIONS, WEIGHT_FORMS, Lowered, in_place_states, lower, plugin_nodes
+from .streamed import check_name, data_path, save_beside, write_beside
+from .trt_graph import PRECISIONS, WEIGHT_FORMS, in_place_states, lower, plugin_nodes
 
 ELSEWHERE = ("orin", "thor")
 TARGETS = (*RUNNABLE_TARGETS, *ELSEWHERE)
 MAX_BATCH = 256
 _RUNTIMES = {"local": "tensorrt", "rtx": "tensorrt_rtx"}
-_EXTERNAL_ALIGNMENT = 4096
 _TRTEXEC = "/usr/src/tensorrt/bin/trtexec"  # where JetPack has it, on no path
 
 Progress = Callable[[str, int, int], None]
@@ -110,10 +108,10 @@ def build_plan(
     source = Path(engine)
     path = beside(source, f"{target}.{'onnx' if elsewhere else 'plan'}") if output is None else Path(output)
     if elsewhere:
-        _check_name(_data_path(path))
+        check_name(data_path(path))
     # The output as it was written: a Path forgets a slash at the end.
     named = path if output is None else output
-    for made in (named, _data_path(path)) if elsewhere else (named,):
+    for made in (named, data_path(path)) if elsewhere else (named,):
         check_output(made, overwrite)
         if os.path.realpath(made) == os.path.realpath(source):
             raise OutputError("is also the engine", file=made, remedy="choose another name")
@@ -128,7 +126,7 @@ def build_plan(
         lowered = lower(file, precision=precision, batch=batch, weights=form, plugins=not plain)
         n_plugin_nodes, in_place = len(plugin_nodes(lowered.model)), in_place_states(lowered.model)
         if elsewhere:
-            size_bytes = _write_model(lowered, path, overwrite)
+            size_bytes = write_beside(lowered, path, overwrite, check=False)
             command = _trtexec(path, plugin, plain, optimization_level)
             return PlanReport(path, size_bytes, n_plugin_nodes, "", 0.0, (), command)
         # The builder works in a folder of its own, so that TensorRT meets no name of the user's: its own are UTF-8.
@@ -136,7 +134,7 @@ def build_plan(
             work = Path(folder)
             try:
                 with (work / "model.onnx.data").open("wb") as data:
-                    (work / "model.onnx").write_bytes(_save(lowered, data, "model.onnx.data"))
+                    (work / "model.onnx").write_bytes(save_beside(lowered, data, "model.onnx.data"))
             except OSError as error:
                 raise output_error(error, path) from error
             request = {
@@ -196,15 +194,6 @@ def _check_arguments(
         raise InputError("is out of range", place="optimization level", expected="0 to 5", found=level)
 
 
-def _check_name(path: Path) -> None:
-    try:
-        path.name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise OutputError(
-            "is no UTF-8, and an ONNX model cannot name such a file", file=path, remedy="choose another name: -o"
-        ) from None
-
-
 def _device() -> Gpu:
     device = gpu()
     if device is None:
@@ -225,54 +214,6 @@ def _module(target: str) -> str:
     return name
 
 
-def _save(lowered: Lowered, file: BinaryIO, name: str) -> bytes:
-    """Write the weights to a file of this name; the model that reads them there. An ONNX file itself ends at 2 GiB."""
-    model = lowered.model
-    for tensor in model.graph.initializer:
-        if tensor.name in lowered.weights:
-            file.write(bytes(-file.tell() % _EXTERNAL_ALIGNMENT))
-            offset, data = file.tell(), lowered.weights[tensor.name]()
-            file.write(data)
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", name), ("offset", offset), ("length", len(data))):
-                tensor.external_data.add(key=key, value=str(value))
-    content: bytes = model.SerializeToString()
-    return content
-
-
-def _write_model(lowered: Lowered, path: Path, overwrite: bool) -> int:
-    """Write a model and its weights, both or neither; where others are replaced and that fails, those are gone too.
-
-    Returns:
-        The size of both in bytes.
-    """
-    data_path = _data_path(path)
-    own: list[int] = []  # the files that are written, whatever their names are by now
-    replaces = False
-    try:
-        with atomic_write(path, overwrite) as model_file, atomic_write(data_path, overwrite) as data_file:
-            model = _save(lowered, data_file, data_path.name)
-            size_bytes = data_file.tell() + len(model)
-            model_file.write(model)
-            try:
-                data_file.flush()
-                os.fsync(data_file.fileno())
-                own = [os.fstat(file.fileno()).st_ino for file in (model_file, data_file)]
-                if overwrite:
-                    replaces = True
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(os.path.realpath(path))
-            except OSError as error:
-                raise output_error(error, path) from error
-    except BaseException:
-        for name in map(os.path.realpath, (path, data_path)):
-            with contextlib.suppress(OSError):
-                if replaces or os.stat(name).st_ino in own:
-                    os.unlink(name)
-        raise
-    return size_bytes
-
-
 def _timing_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.timing")
 
@@ -285,10 +226,6 @@ def _keep_times(times: Path, path: Path) -> tuple[str, ...]:
     except OutputError as error:
         return (f"the timing cache is not kept: {error}",)
     return ()
-
-
-def _data_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
 
 
 def _trtexec(path: Path, plugin: str | os.PathLike[str] | None, plain: bool, level: int | None) -> str:

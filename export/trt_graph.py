@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from ..errors import InputError
 from ..initializers import SCALE_SUFFIX, weight_buffers, weight_initializers
 from ..spec import EMBEDDING
 from ..weights import EncodedWeight, as_int4, quantized_values
+from .streamed import StreamedModel
 
 PRECISIONS = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 WEIGHT_FORMS = ("qdq", "plugin")
@@ -47,32 +47,10 @@ _FOLDED_TYPES = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, Tensor
 PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A graph for TensorRT, and its weights, which are made one by one when they are written.
-
-    Attributes:
-        model: inputs ``x`` and ``state_in.…`` and outputs as the engine's graph has, all float32, with the batch as
-            their first axis; small tensors inside, the weights without their data.
-        weights: what gives each weight's raw bytes, by the initializer's name.
-    """
-
-    model: ModelProto
-    weights: dict[str, Callable[[], bytes]]
-
-    def whole(self) -> ModelProto:
-        """The model with all weights inside, for graphs that are small enough."""
-        model: ModelProto = ModelProto.FromString(self.model.SerializeToString())
-        for initializer in model.graph.initializer:
-            if initializer.name in self.weights:
-                initializer.raw_data = self.weights[initializer.name]()
-        return model
-
-
 def lower(
     engine: EngineFile, *, precision: str = "f16", batch: int = 1, weights: str = "qdq", plugins: bool = True
-) -> Lowered:
-    """The graph for TensorRT.
+) -> StreamedModel:
+    """The graph for TensorRT, its inputs ``x`` and ``state_in.…`` and its outputs as the engine's, with a fixed batch.
 
     Args:
         engine: the engine file, which must stay open until the weights are written.
@@ -117,7 +95,7 @@ def lower(
     else:
         model = inline_local_functions(model)
     names = {initializer.name for initializer in model.graph.initializer}
-    return Lowered(model, {name: make for name, make in content.items() if name in names})
+    return StreamedModel(model, {name: make for name, make in content.items() if name in names})
 
 
 def _stored(buffers: Callable[[str], dict[str, NDArray[np.uint8]]], name: str, initializer: str) -> bytes:

@@ -99,7 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="how conversations are written: world, g1, g1-2025, none, or a JSON file (default: by the file's name)",
     )
-    parser.add_argument("--onnx", metavar="OUT", help="also write a self-contained ONNX model that takes a token")
+    parser.add_argument(
+        "--onnx",
+        metavar="OUT",
+        help="also write a self-contained ONNX model that takes a token; its metadata says how a text begins; "
+        "beyond 2 GiB its weights are in OUT.data",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
@@ -173,8 +178,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         f"{report.path}: {readable_size(report.size_bytes)}, {report.bits_per_weight:.2f} bits per weight, "
         f"made in {report.duration_s:.1f} s"
     )
-    if args.onnx is not None:
-        console.note(f"{args.onnx}: the step as ONNX, with its weights")
+    if report.onnx:
+        console.note(f"{' and '.join(map(str, report.onnx))}: the step as ONNX, with its weights")
     if report.tokenizer_kind is None:
         suggestion = None if args.tokenizer == "none" else SUGGESTED_TOKENIZERS.get(report.spec.vocab_size)
         if suggestion is not None:

@@ -38,7 +38,7 @@ from goslet.errors import (  # noqa: E402
     InputError,
     OutputError,
 )
-from goslet.export import export_engine, plan, trt_builder  # noqa: E402
+from goslet.export import export_engine, plan, streamed, trt_builder  # noqa: E402
 from goslet.export.models import matrix_state, rwkv4, rwkv7  # noqa: E402
 from goslet.export.trt_graph import lower, plugin_nodes  # noqa: E402
 from goslet.machine import Gpu  # noqa: E402
@@ -373,13 +373,13 @@ def test_a_model_and_its_weights_appear_together_or_not_at_all(
                     for file in (model, data):
                         file.unlink(missing_ok=True)
 
-    save_model = plan._save
+    save_model = streamed.save_beside
 
     def save_while_another_writes(*arguments: Any) -> bytes:
         model.write_text("precious")
         return save_model(*arguments)
 
-    monkeypatch.setattr(plan, "_save", save_while_another_writes)
+    monkeypatch.setattr(streamed, "save_beside", save_while_another_writes)
     with pytest.raises(OutputError, match="exists already"):
         plan.build_plan(engines("7", "int4"), target="orin", output=model)
     assert model.read_text() == "precious" and os.listdir(tmp_path) == ["x.onnx"]
