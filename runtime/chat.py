@@ -156,7 +156,7 @@ class ChatTemplate:
                 named.
         """
         chosen = self._mode(self.usual_mode(tools) if mode is None else mode)
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        if not isinstance(messages, Sequence) or not messages:
             raise InputError("are no conversation", place="messages", expected="a list of at least one message")
         turns = [_Turn.read(message, f"messages[{index}]") for index, message in enumerate(messages)]
         if turns[-1].role not in ("user", "tool"):

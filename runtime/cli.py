@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -55,12 +55,65 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         command.add_arguments(own)
         own.set_defaults(execute=command.execute)
         commands[command.NAME] = own
+    subparsers.add_parser("help", help="explain a command, as in: goslet help run")
     return parser, commands
 
 
+# What other programs call these.
+_OTHER_NAMES = {
+    "generate": "run",
+    "complete": "run",
+    "talk": "chat",
+    "convert": "export",
+    "compile": "export",
+    "quantize": "export",
+    "info": "inspect",
+    "show": "inspect",
+    "check": "verify",
+    "perplexity": "eval",
+    "--n-predict": "--max-tokens",
+    "--max-new-tokens": "--max-tokens",
+    "--repetition-penalty": "--repeat-penalty",
+}
+
+
 def _suggestion(word: str, known: Sequence[str]) -> str:
-    near = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, cutoff=0.5)
+    word = word.lower().replace("_", "-")
+    near = [name for name in known if name in (word, _OTHER_NAMES.get(word))]
+    near = near or [name for name in known if name.startswith(word)]
+    near = near or difflib.get_close_matches(word, known, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown_command(name: str, commands: Sequence[str]) -> UsageError:
+    if name.endswith(".goslet"):
+        return UsageError(f"a command is needed before {name!r}, such as run or chat", see="goslet --help")
+    if os.path.isfile(name):
+        return UsageError(f"a command is needed before {name!r}, such as export", see="goslet --help")
+    return UsageError(f"unknown command {name!r}{_suggestion(name, commands)}", see="goslet --help")
+
+
+def _unknown_flag(flag: str, flags: Sequence[str], own: _Parser, commands: Mapping[str, _Parser]) -> UsageError:
+    others = [name for name, parser in commands.items() if flag in parser._option_string_actions]
+    hint = f"; it is one of {', '.join(others)}" if others else _suggestion(flag, flags)
+    return UsageError(f"unknown flag {flag}{hint}", see=f"{own.prog} --help")
+
+
+def _with_texts_bound(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The words, with texts that begin with a dash bound to their flags: ``-p -hi`` is ``--prompt=-hi``."""
+    words = list(argv)
+    for index, word in enumerate(words[:-1]):
+        text = words[index + 1]
+        if word == "--":
+            break
+        if word in _TEXT_FLAGS and text.startswith("-") and text.partition("=")[0] not in flags:
+            words[index : index + 2] = [f"{_TEXT_FLAGS[word]}={text}"]
+            return _with_texts_bound(words, flags)
+    return words
+
+
+# Flags that any text may follow.
+_TEXT_FLAGS = {"-p": "--prompt", "--prompt": "--prompt", "--system": "--system", "--stop": "--stop"}
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -71,19 +124,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = _parsers()
     name = next((word for word in argv if not word.startswith("-")), None)
+    if name == "help":
+        asked = [word for word in argv if word != "help"]
+        argv, name = [*asked, "--help"], next((word for word in asked if not word.startswith("-")), None)
     if name is not None and name not in commands:
-        raise UsageError(f"unknown command {name!r}{_suggestion(name, list(commands))}", see="goslet --help")
+        raise _unknown_command(name, list(commands))
     own = parser if name is None else commands[name]
     flags = [*parser._option_string_actions, *own._option_string_actions]
+    argv = _with_texts_bound(argv, flags)
     for word in argv:
         flag = word.partition("=")[0]
         if word == "--":
             break
-        if word.startswith("--") and " " not in word and flag not in flags:
-            raise UsageError(f"unknown flag {flag}{_suggestion(flag, flags)}", see=f"{own.prog} --help")
+        if word.startswith("--") and " " not in flag and flag not in flags:
+            raise _unknown_flag(flag, flags, own, commands)
+        if f"-{flag}" in flags and len(flag) > 2:  # "-temperature"
+            raise UsageError(f"unknown flag {flag}; did you mean -{flag}?", see=f"{own.prog} --help")
     args, left = parser.parse_known_args(argv)
+    if left[:1] == ["--"]:
+        left.pop(0)
+    if left and getattr(args, "words", "") is None and (not left[0].startswith("-") or "--" in argv):
+        args.words = left.pop(0)  # argparse takes a prompt that may be left out for left out once a flag has come
     if left:
-        raise UsageError(f"unexpected {' '.join(left)[:100]!r}", see=f"{own.prog} --help")
+        several = "; a prompt of several words needs quotes" if name == "run" and not left[0].startswith("-") else ""
+        raise UsageError(f"unexpected {' '.join(left)[:100]!r}{several}", see=f"{own.prog} --help")
     if args.command is None:
         raise UsageError(f"a command is needed: {', '.join(commands)}", see="goslet --help")
     return args

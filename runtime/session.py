@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import Backend, open_backend
-from .chat import ChatTemplate
+from .chat import FREE_TEXT, ChatTemplate
 from .enginefile import EngineFile
 from .errors import EmptyPromptError, InputError, StateError, TokenError, TokenizerError
 from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
@@ -42,6 +42,7 @@ class Session:
         self._state = state
         self._stepper = engine.backend.stepper(state)
         self._lock = threading.Lock()
+        self._logits: tuple[int, NDArray[np.float32]] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -57,6 +58,20 @@ class Session:
     def tokens_seen(self) -> int:
         """Tokens fed since the state was fresh."""
         return self._state.tokens_seen
+
+    @property
+    def logits(self) -> NDArray[np.float32] | None:
+        """float32 [V], the logits after the last token, where `Engine.generate` left off or a file held them; or None.
+
+        `save` keeps them with the state, so that text can go on from the file alone.
+        """
+        if self._logits is None or self._logits[0] != self.tokens_seen:
+            return None
+        return self._logits[1]
+
+    def remember(self, logits: NDArray[np.float32] | None) -> None:
+        """Keep the logits after the last token; None forgets them. The array must not change afterwards."""
+        self._logits = None if logits is None else (self.tokens_seen, logits)
 
     @property
     def state_size_bytes(self) -> int:
@@ -89,6 +104,7 @@ class Session:
         logits = np.empty((len(ids) if all_logits else 1, self._engine.spec.vocab_size), np.float32)
         with self._engine.turn(), self._lock:
             self._engine.check_open()
+            self.remember(None)
             self._stepper.feed(ids, logits)
         return logits if all_logits else logits[0]
 
@@ -100,7 +116,9 @@ class Session:
             StateError: this thread is within another call of this engine's sessions, or memory is short.
         """
         with self._engine.turn(), self._lock:
-            return Session(self._engine, self._state.clone())
+            twin = Session(self._engine, self._state.clone())
+            twin.remember(self.logits)
+            return twin
 
     def reset(self, initial: Mapping[str, NDArray[np.float32]] | None = None) -> None:
         """Go back to the fresh state, or to one with other initial numbers.
@@ -117,6 +135,7 @@ class Session:
         """
         with self._engine.turn(), self._lock:
             self._state.reset(initial)
+            self.remember(None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, replacing one that exists.
@@ -128,7 +147,8 @@ class Session:
             InputError: the path is none, or the engine was opened by another process.
         """
         with self._engine.turn(), self._lock:
-            self._state.save(path)
+            logits = self.logits
+            self._state.save(path, logits if logits is not None and np.isfinite(logits).all() else None)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the state from a file that `save` wrote, in any quantization of the same model.
@@ -140,7 +160,9 @@ class Session:
             InputError: the engine was opened by another process.
         """
         with self._engine.turn(), self._lock:
-            self._state.load(path)
+            logits = self._state.load(path)
+            fits = logits is not None and logits.shape == (self._engine.spec.vocab_size,) and np.isfinite(logits).all()
+            self.remember(logits if fits else None)
 
 
 class _ThisThread(threading.local):
@@ -209,6 +231,13 @@ class Engine:
     def chat_template(self) -> ChatTemplate | None:
         """How conversations with the model are written; None where the engine does not say."""
         return self._file.chat
+
+    @property
+    def decoding(self) -> SamplingOptions:
+        """The decoding parameters for text that go with the model; where the engine does not say, those of its authors
+        for text in general. `ChatTemplate.decoding` has those for answers."""
+        template = self.chat_template
+        return FREE_TEXT if template is None or template.sampling is None else template.sampling
 
     def session(self) -> Session:
         """A new session with a fresh state."""
@@ -397,10 +426,11 @@ class Engine:
         continued, saved or forked at any time. The end-of-document token ends the generation and is not given.
 
         Args:
-            prompt: token ids [T], at least one.
+            prompt: token ids [T]; at least one, unless the session has `Session.logits` to go on from.
             max_tokens: at most this many.
             session: continue this one; None uses a fresh one.
-            options: how to sample; None is temperature 1. Its `stop` texts need `generate`.
+            options: how to sample; None is temperature 1 and nothing else, whatever the engine's `decoding` is. Its
+                `stop` texts need `generate`.
 
         Raises:
             EmptyPromptError, TokenError, InputError: the arguments cannot be used; raised here, not at the first token.
@@ -411,19 +441,27 @@ class Engine:
             )
         if session is not None and session.engine is not self:
             raise InputError("belongs to another engine", place="session", remedy="use a session of this engine")
-        ids = self.check_tokens(prompt)
+        goes_on = session is not None and len(prompt) == 0 and session.logits is not None
+        ids = None if goes_on else self.check_tokens(prompt)
         sampler = self.sampler(options or SamplingOptions())
         return self._sampled(ids, max_tokens, session or self.session(), sampler)
 
-    def _sampled(self, prompt: NDArray[np.int64], max_tokens: int, session: Session, sampler: Sampler) -> Iterator[int]:
+    def _sampled(
+        self, prompt: NDArray[np.int64] | None, max_tokens: int, session: Session, sampler: Sampler
+    ) -> Iterator[int]:
         end_token = None if self._tokenizer is None else self._tokenizer.end_token
-        logits = session.feed(prompt)
+        logits = session.logits if prompt is None else None
+        if logits is None:
+            # Without a prompt, and fed in between: `check_tokens` says so.
+            logits = session.feed([] if prompt is None else prompt)
+            session.remember(logits)
         for _ in range(max_tokens):
             token = sampler.sample(logits)
             if token == end_token:
                 return
             sampler.observe(token)
             logits = session.feed([token])
+            session.remember(logits)
             yield token
 
     def generate(
@@ -444,7 +482,8 @@ class Engine:
             prompt: text, or token ids.
             max_tokens: at most this many tokens.
             session: continue this one; None uses a fresh one.
-            options: how to sample; or give the fields of `SamplingOptions` by name.
+            options: how to sample, such as the engine's `decoding`; or give the fields of `SamplingOptions` by name.
+                What is not given is off, and the temperature is 1: nothing here depends on the engine.
             **sampling: fields of `SamplingOptions`: temperature, top_k, top_p, seed, stop and so on.
 
         Raises:

@@ -1,7 +1,7 @@
 """The state of one session: fixed-size buffers that never move, and the state file.
 
 A state file is a container (`goslet.container`) with the magic ``GOSLETST``. Its header holds ``model_id``,
-``tokens_seen`` and ``state`` (`StateSpec.to_json`); its one section, ``state``, holds the tensors in the spec's order,
+``tokens_seen`` and ``state`` (`StateSpec.to_json`); its section ``state`` holds the tensors in the spec's order,
 little-endian float32, without gaps.
 """
 
@@ -22,6 +22,7 @@ from .errors import HeaderError, InputError, StateError, StateMismatchError
 from .output import Path
 from .spec import StateSpec
 
+_LOGITS = "logits"  # a section that readers may pass over
 STATE_FILE_MAGIC = b"GOSLETST"
 STATE_FILE_VERSION = 1
 MAX_TOKENS_SEEN = (1 << 63) - 1
@@ -215,8 +216,12 @@ class State:
         self._check_layout(other.spec, None)
         self._take_over(other.front_buffer)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, logits: NDArray[np.float32] | None = None) -> None:
         """Write a state file; an existing file is replaced once the new one is whole.
+
+        Args:
+            path: the file.
+            logits: float32 [V], those after the last token, where they are to be kept with it.
 
         Raises:
             StateError: the state holds NaN or infinity, which `load` would refuse.
@@ -225,17 +230,23 @@ class State:
         _check_finite(self.front.items(), path)
         header = {"model_id": self.model_id, "tokens_seen": self.tokens_seen, "state": self.spec.to_json()}
         tensors = (view.astype("<f4", copy=False).data.cast("B") for view in self.front.values())
+        sections = [Section("state", self.spec.size_bytes, tensors)]
+        if logits is not None:
+            sections.append(Section.of(_LOGITS, logits.astype("<f4").tobytes()))
         write_container(
             path,
             magic=STATE_FILE_MAGIC,
             version=STATE_FILE_VERSION,
             header=header,
-            sections=[Section("state", self.spec.size_bytes, tensors)],
+            sections=sections,
             overwrite=True,
         )
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> NDArray[np.float32] | None:
         """Take the values and the token count of a state file. Whenever this raises, the state is unchanged.
+
+        Returns:
+            float32 [V], the logits after the last token; None where the file does not hold them.
 
         Raises:
             StateMismatchError: the file's state is of another model or another layout.
@@ -256,9 +267,13 @@ class State:
             # A copy, which nobody can change between the check and its use; taken over in one uninterrupted call.
             staged = _allocate(self.spec)
             _fill(_views(self.spec, staged), container.section("state"), self.spec.size_bytes)
+            logits = None
+            if _LOGITS in container.sections and container.section(_LOGITS).nbytes % 4 == 0:
+                logits = np.array(np.frombuffer(container.section(_LOGITS), "<f4"), np.float32)
         _check_finite(_views(self.spec, staged).items(), path)
         _count_view(self.spec, staged)[0] = tokens_seen
         self._take_over(staged)
+        return logits
 
     def _check_model(self, model_id: str, file: Path | None) -> None:
         if model_id != self.model_id:

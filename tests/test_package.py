@@ -37,7 +37,7 @@ LAYERS = (
     ("backends",),
     ("session",),
     ("evaluation", "lambada", "benchmark"),
-    ("commands", "cli", "lm_eval"),
+    ("commands", "cli", "lm_eval", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

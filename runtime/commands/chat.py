@@ -24,6 +24,7 @@ from .flags import (
     add_sampling_flags,
     check_state_output,
     open_engine,
+    readable_sampling,
     sampling_options,
     whole_number,
 )
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
+    sampling_options(args)
     system = None if args.system is None else text_argument("--system", args.system)
     chosen = None if args.chat_template is None else chat_template(args.chat_template)
     with open_engine(args) as engine:
@@ -81,7 +83,9 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 "this engine has no chat template", file=args.engine, remedy="give one: --chat-template world"
             )
         template.opening(args.mode)  # a mode that is not there, before the first line
-        options = sampling_options(args, *filter(None, [template.stop]))
+        usual = template.decoding(args.mode)
+        options = sampling_options(args, usual, *filter(None, [template.stop]))
+        console.note(f"sampling: {readable_sampling(options)} (flags change it)")
         talk = _Chat(engine, engine.tokenizer, console, options, template, args.max_tokens, args.mode, system)
         talk.loop()
     return 0

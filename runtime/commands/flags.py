@@ -8,21 +8,10 @@ from collections.abc import Callable
 
 from ..errors import InputError, OutputError
 from ..output import check_output
-from ..sampling import SamplingOptions
+from ..sampling import DECODING, SamplingOptions
 from ..session import Engine
 from ..session import open_engine as open_file
 from ..state import STATE_FILE_MAGIC
-
-_SAMPLING_OPTIONS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "penalty_decay",
-    "seed",
-    "stop",
-)
 
 
 class UsageError(Exception):
@@ -92,56 +81,74 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `sampling_options` reads."""
-    default = SamplingOptions()
-    group = parser.add_argument_group("sampling")
+    """The flags that `sampling_options` reads; those that are not given are None."""
+    group = parser.add_argument_group(
+        "sampling",
+        "What is not given is as the engine says (goslet inspect shows it); --temperature 0 alone is greedy.",
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens (0: all)")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to P (1: all)")
     group.add_argument(
-        "--temperature", type=float, default=default.temperature, metavar="T", help="0 is greedy (default: %(default)g)"
+        "--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest (0: all)"
     )
     group.add_argument(
-        "--top-k", type=int, default=default.top_k, metavar="K", help="keep the K likeliest tokens (0: all)"
+        "--presence-penalty", type=float, metavar="X", help="lower the logit of tokens already written by X"
     )
-    group.add_argument(
-        "--top-p", type=float, default=default.top_p, metavar="P", help="keep the likeliest tokens up to P (1: all)"
-    )
-    group.add_argument("--seed", type=int, metavar="S", help="draw the same text again")
-    group.add_argument(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="lower the logit of tokens already written by X",
-    )
-    group.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="X", help="and by X for every time they were written"
-    )
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="and by X for every time they were written")
     group.add_argument(
         "--penalty-decay",
         type=float,
-        default=default.penalty_decay,
         metavar="D",
-        help="what counts of written tokens are multiplied by at each token (default: %(default)g)",
+        help="what the counts of these times are multiplied by at each token",
     )
+    group.add_argument(
+        "--repeat-penalty", type=float, metavar="X", help="weaken the last 64 tokens written by this factor (1: not)"
+    )
+    group.add_argument("--seed", type=int, metavar="S", help="draw the same text again")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)"
     )
 
 
-def sampling_options(args: argparse.Namespace, *more_stops: str) -> SamplingOptions:
+def sampling_options(
+    args: argparse.Namespace, usual: SamplingOptions | None = None, *more_stops: str
+) -> SamplingOptions:
     """What the sampling flags ask for, with further stop texts.
+
+    Args:
+        args: the command line.
+        usual: decoding parameters for what is not asked for; of no account where --temperature 0 asks for the likeliest
+            tokens. None checks the flags alone.
+        *more_stops: texts that also end the generation.
 
     Raises:
         UsageError: a flag is out of range; it is named as it was typed.
     """
-    values = {name: getattr(args, name) for name in _SAMPLING_OPTIONS}
-    values["stop"] = (*args.stop, *more_stops)
+    if usual is None or args.temperature == 0:
+        usual = SamplingOptions()
+    given = {name: getattr(args, name) for name in DECODING}
+    values = {name: getattr(usual, name) if value is None else value for name, value in given.items()}
     try:
-        return SamplingOptions(**values)
+        return SamplingOptions(**values, seed=args.seed, stop=(*args.stop, *more_stops))
     except InputError as error:
         flag = "--" + (error.place or "").replace("_", "-")
         raise UsageError(
             str(InputError(error.problem, place=flag, expected=error.expected, found=error.found, remedy=error.remedy))
         ) from error
+
+
+def readable_sampling(options: SamplingOptions) -> str:
+    """Decoding parameters for people: ``"temperature 1, top-p 0.3, presence penalty 0.5"``; what is off is left out."""
+    off = SamplingOptions()
+    said = [] if options.temperature == 0 else [f"temperature {options.temperature:g}"]
+    for name in DECODING:
+        decays = options.presence_penalty or options.frequency_penalty
+        if name == "temperature" or (name == "penalty_decay" and not decays):
+            continue
+        if (value := getattr(options, name)) != getattr(off, name):
+            said.append(f"{name.replace('top_', 'top-').replace('min_', 'min-').replace('_', ' ')} {value:g}")
+    return ", ".join(said if options.temperature else ["greedy", *said])
 
 
 def open_engine(args: argparse.Namespace) -> Engine:

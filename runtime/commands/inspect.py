@@ -8,9 +8,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..chat import FREE_TEXT, ChatTemplate
 from ..enginefile import EngineFile
 from ..errors import one_line
 from .console import Console, readable_size
+from .flags import readable_sampling
 
 NAME = "inspect"
 SUMMARY = "show what is in an engine file"
@@ -54,9 +56,18 @@ def describe(file: EngineFile, *, checked: bool) -> dict[str, Any]:
         "sections": file.section_sizes,
         "tokenizer": file.tokenizer_kind,
         "chat": None if file.chat is None else file.chat.to_json(),
+        "decoding": None if file.chat is None else _decoding(file.chat),
         "graph": dict(file.graph_info),
         "provenance": dict(file.provenance),
         "weights_checked": checked,
+    }
+
+
+def _decoding(chat: ChatTemplate) -> dict[str, str]:
+    """The decoding parameters by what is written: text in general, and answers in each mode."""
+    return {
+        "text": readable_sampling(chat.sampling or FREE_TEXT),
+        **{mode: readable_sampling(chat.decoding(mode)) for mode in chat.modes},
     }
 
 
@@ -64,6 +75,15 @@ def _chat_line(chat: Mapping[str, Any] | None) -> str:
     if chat is None:
         return "no template"
     return f"{json.dumps(chat['user'] + chat['end'] + chat['assistant'])}, modes {', '.join(chat['modes'])}"
+
+
+def _decoding_lines(decoding: Mapping[str, str] | None) -> dict[str, str]:
+    if decoding is None:
+        return {}
+    names: dict[str, list[str]] = {}
+    for name, parameters in decoding.items():
+        names.setdefault(parameters, []).append(name)
+    return {f"  {', '.join(writing)}": parameters for parameters, writing in names.items()}
 
 
 def _show(report: Mapping[str, Any], console: Console) -> None:
@@ -85,6 +105,7 @@ def _show(report: Mapping[str, Any], console: Console) -> None:
         + (", checksum right" if report["weights_checked"] else ""),
         "tokenizer": report["tokenizer"] or "none (takes and gives token ids)",
         "chat": _chat_line(report["chat"]),
+        **_decoding_lines(report["decoding"]),
         "graph": ", ".join(f"{key} {value}" for key, value in report["graph"].items()),
     }
     for name, entry in report["formats"].items():

@@ -20,6 +20,7 @@ from .flags import (
     add_sampling_flags,
     check_state_output,
     open_engine,
+    readable_sampling,
     sampling_options,
     whole_number,
 )
@@ -27,18 +28,19 @@ from .text import feed_in_pieces, read_text, text_argument
 
 NAME = "run"
 SUMMARY = "write text after a prompt"
-STATE_NEEDS_WORDS = "the state has read all that was written, so give the words that follow"
+STATE_NEEDS_WORDS = "this state was saved without what comes next, so give the words that follow"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("engine", metavar="ENGINE", help="an engine file, from goslet export")
+    parser.add_argument("words", nargs="?", metavar="PROMPT", help="the text to go on from")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "-p",
         "--prompt",
         metavar="PROMPT",
-        help="the text to go on from (default: what is piped in, less one line end; or else the start of a document)",
+        help="the same (default: what is piped in, less one line end; or else the start of a document)",
     )
     prompt.add_argument(
         "--tokens", metavar="IDS", help='token ids to go on from, as in "1,2,3"; then token ids are written, not text'
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-in",
         metavar="FILE",
-        help="go on from this state instead of a fresh one; or begin with a tuned one: a .pth, .safetensors or .st "
+        help="go on from this state, with or without a prompt; or begin with a tuned one: a .pth, .safetensors or .st "
         "with time_state",
     )
     parser.add_argument("--state-out", metavar="FILE", help="save the state at the end")
@@ -64,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
-    options = sampling_options(args)
-    if args.tokens is not None and options.stop:
+    sampling_options(args)
+    if args.tokens is not None and args.stop:
         raise UsageError("--stop needs text, and --tokens gives none")
     prompt = _prompt_argument(args)
     if args.state_out is not None:
@@ -74,10 +76,13 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         session = engine.session()
         if args.state_in is not None:
             _take_state(session, args.state_in, console)
-        tokens = _prompt_tokens(engine, prompt, args)
+        tokens = _prompt_tokens(engine, session, prompt, args)
+        options = sampling_options(args, engine.decoding)
+        if args.max_tokens > 0:
+            console.note(f"sampling: {readable_sampling(options)} (flags change it)")
 
         def generate(last: Sequence[int]) -> Iterator[str]:
-            if args.tokens is None:
+            if args.tokens is None and engine.tokenizer is not None:
                 return engine.generate(last, max_tokens=args.max_tokens, session=session, options=options)
             return _as_ids(engine.generate_tokens(last, max_tokens=args.max_tokens, session=session, options=options))
 
@@ -111,27 +116,35 @@ def _take_state(session: Session, path: str, console: Console) -> None:
 
 
 def _prompt_argument(args: argparse.Namespace) -> str | list[int] | None:
+    if args.words is not None and (args.prompt is not None or args.tokens is not None):
+        raise UsageError("PROMPT: not allowed with -p or --tokens")
     if args.tokens is not None:
         try:
             return [int(word) for word in args.tokens.replace(",", " ").split()]
         except ValueError as error:
             raise UsageError(f'--tokens: expected token ids as in "1,2,3", found {args.tokens!r}') from error
-    if args.prompt is not None:
-        if not args.prompt:
+    flag, given = ("PROMPT", args.words) if args.prompt is None else ("-p", args.prompt)
+    if given is not None:
+        if not given:
             raise UsageError(
-                "-p: the prompt is empty; "
-                + (STATE_NEEDS_WORDS if args.state_in is not None else "leave -p out to begin a new document")
+                f"{flag}: the prompt is empty; leave it out to "
+                + ("go on from the state" if args.state_in is not None else "begin a new document")
             )
-        return text_argument("-p", args.prompt)
+        return text_argument(flag, given)
     if sys.stdin is None or sys.stdin.isatty():
         return None
     text = read_text(sys.stdin.buffer.read(), "the piped prompt")
     return text.removesuffix("\n").removesuffix("\r") or None
 
 
-def _prompt_tokens(engine: Engine, prompt: str | list[int] | None, args: argparse.Namespace) -> list[int]:
+def _prompt_tokens(
+    engine: Engine, session: Session, prompt: str | list[int] | None, args: argparse.Namespace
+) -> list[int]:
+    """What is fed first; nothing where the state itself says what comes next."""
     if isinstance(prompt, list):
         return [int(token) for token in engine.check_tokens(prompt)]
+    if prompt is None and session.logits is not None:
+        return []
     if engine.tokenizer is None:
         raise TokenizerError(
             "this engine takes and gives token ids only",
@@ -140,10 +153,10 @@ def _prompt_tokens(engine: Engine, prompt: str | list[int] | None, args: argpars
         )
     if prompt is not None:
         return engine.encode(prompt)
-    if args.state_in is not None:
-        raise UsageError(f"-p is needed with --state-in; {STATE_NEEDS_WORDS}")
+    if session.tokens_seen > 0:
+        raise UsageError(f"a prompt is needed with {args.state_in}; {STATE_NEEDS_WORDS}")
     if engine.tokenizer.end_token is None:
-        raise UsageError("-p is needed: this engine's tokenizer has no token to begin a document with")
+        raise UsageError("a prompt is needed: this engine's tokenizer has no token to begin a document with")
     return [engine.tokenizer.end_token]
 
 
@@ -158,7 +171,7 @@ def _write(
     with console.progress() as progress:
         if len(tokens) > 1 and feed_in_pieces(session, tokens[:-1], interruption, progress) is None:
             return
-    seen = session.tokens_seen + 1
+    seen = session.tokens_seen + min(1, len(tokens))
     middle_s = time.perf_counter()
     last = "\n"
     for piece in generate(tokens[-1:]):

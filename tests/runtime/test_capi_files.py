@@ -73,6 +73,24 @@ def test_states_go_from_python_to_c(c_engine: CEngine, ort_engine: goslet.Engine
     assert_close(restored.feed(TOKENS[100:]), session.feed(TOKENS[100:]))
 
 
+def test_a_state_that_knows_what_comes_next_goes_to_c(
+    c_engine: CEngine, ort_engine: goslet.Engine, tmp_path: Path
+) -> None:
+    """The logits beside it are for Python; C reads the state as from any other file."""
+    session, path = ort_engine.session(), tmp_path / "a.state"
+    list(ort_engine.generate_tokens(TOKENS, max_tokens=3, session=session))
+    session.save(path)
+    size_bytes = path.stat().st_size
+    twin = ort_engine.session()
+    twin.load(path)
+    np.testing.assert_array_equal(twin.logits, session.logits)
+    loaded = c_engine.session()
+    assert loaded.load(path) == OK, c_engine.error
+    assert_close(loaded.feed(TOKENS), session.feed(TOKENS))
+    session.save(path)  # fed by the caller, who alone has the logits
+    assert path.stat().st_size < size_bytes - 4 * ort_engine.spec.vocab_size + 64
+
+
 def test_states_of_others_are_refused(c_engine: CEngine, ort_engine: goslet.Engine, tmp_path: Path) -> None:
     path = tmp_path / "x.state"
     python = ort_engine.session()

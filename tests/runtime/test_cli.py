@@ -37,7 +37,19 @@ from .command_line import Outcome, Run, assert_one_line_error
         (["run", "e", "--temp", "1"], ["unknown flag --temp", "did you mean --temperature?"]),
         (["run"], ["required: ENGINE", "goslet run --help"]),
         (["run", "e", "-z"], ["unexpected '-z'", "see: goslet run --help"]),
-        (["run", "e", "Once"], ["unexpected 'Once'", "see: goslet run --help"]),
+        (["run", "e", "Once", "upon", "a"], ["unexpected 'upon a'", "needs quotes", "see: goslet run --help"]),
+        (["run", "e", "Once", "-p", "Once"], ["not allowed with"]),
+        (["run", "e", ""], ["PROMPT: the prompt is empty"]),
+        (["run", "e", "-p", "--debug"], ["-p/--prompt", "expected one argument"]),
+        (["run", "e", "--top_p", "0.5"], ["did you mean --top-p?"]),
+        (["run", "e", "-temperature", "1"], ["did you mean --temperature?"]),
+        (["run", "e", "--n-predict", "9"], ["did you mean --max-tokens?"]),
+        (["run", "e", "--quant", "int4"], ["unknown flag --quant; it is one of export"]),
+        (["run", "e", "-p", "a", "--min-p", "2"], ["--min-p: is out of range"]),
+        (["run", "e", "-p", "a", "--repeat-penalty", "0"], ["--repeat-penalty: is out of range"]),
+        (["generate", "e"], ["did you mean run?"]),
+        (["model.goslet", "hi"], ["a command is needed before 'model.goslet'"]),
+        (["help", "rum"], ["unknown command 'rum'", "did you mean run?"]),
         (["run", "e", "-n", "-3"], ["-n/--max-tokens", "0 or more", "'-3'"]),
         (["run", "e", "-n", "many"], ["'many'"]),
         (["run", "e", "--threads", "0"], ["--threads", "1 or more"]),
@@ -73,11 +85,18 @@ def test_help_and_version(run: Run) -> None:
     outcome = run("--help")
     assert outcome.code == 0
     assert all(command.NAME in outcome.out and command.SUMMARY in outcome.out for command in cli.COMMANDS)
+    assert run("help").out == outcome.out
+    assert run("help", "run").out == run("run", "--help").out
     assert run("--version").out == f"goslet {goslet.__version__}\n"
     for command in cli.COMMANDS:
         outcome = run(command.NAME, "--help")
         assert outcome.code == 0
         assert "--debug" in outcome.out
+
+
+def test_python_m_goslet_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "goslet", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"goslet {goslet.__version__}\n")
 
 
 def test_help_fits_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

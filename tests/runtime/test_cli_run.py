@@ -10,6 +10,7 @@ import pty
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 
 import goslet
-from goslet.chat import BUILT_IN
+from goslet.chat import BUILT_IN, FREE_TEXT
 from goslet.commands import chat
+from goslet.errors import EmptyPromptError
 from goslet.tokenizer import BytesTokenizer
 
 from .command_line import GOSLET, Outcome, Run, assert_one_line_error
@@ -32,8 +34,11 @@ def test_run_writes_what_generate_gives(run: Run, tiny_engine: Path) -> None:
     with goslet.open(tiny_engine) as engine:
         text = "".join(engine.generate("Once", max_tokens=40, frequency_penalty=0.1, **sampling))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sampling.items()]
-    outcome = run("run", tiny_engine, "-p", "Once", "-n", 40, "--frequency-penalty", 0.1, *flags)
+    outcome = run("run", tiny_engine, "Once", "-n", 40, "--frequency-penalty", 0.1, *flags)
     assert outcome.code == 0
+    assert (
+        "sampling: temperature 0.8, top-k 50, top-p 0.9, presence penalty 0.2, frequency penalty 0.1 (" in outcome.err
+    )
     assert outcome.out == (text if text.endswith("\n") else text + "\n")
     assert "40 tokens in" in outcome.err
     assert run("run", tiny_engine, "-p", "Once", "-n", 40, "--frequency-penalty", 0.1, *flags, "--quiet").err == ""
@@ -49,7 +54,7 @@ def test_run_takes_a_piped_prompt_without_its_last_line_end(run: Run, tiny_engin
 
 def test_run_without_any_prompt(run: Run, tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["run", tiny_engine, "-n", 20, "--seed", 1]
-    assert_one_line_error(run(*common), 2, "-p is needed")
+    assert_one_line_error(run(*common), 2, "a prompt is needed")
     # A tokenizer that has an end-of-document token: the text begins from it.
     monkeypatch.setattr(BytesTokenizer, "end_token", property(lambda self: 0))
     assert run(*common).out == run(*common, "-p", "\0").out != ""
@@ -68,7 +73,7 @@ def test_run_stops_before_a_stop_text(run: Run, tiny_engine: Path) -> None:
 
 def test_run_with_token_ids(run: Run, tiny_engine: Path) -> None:
     with goslet.open(tiny_engine) as engine:
-        options = goslet.SamplingOptions(seed=5)
+        options = replace(engine.decoding, seed=5)
         tokens = list(engine.generate_tokens([1, 2, 3], max_tokens=10, options=options))
     outcome = run("run", tiny_engine, "--tokens", "1,2,3", "-n", 10, "--seed", 5)
     assert outcome.out == ",".join(map(str, tokens)) + "\n"
@@ -103,7 +108,67 @@ def test_a_saved_state_goes_on_as_if_never_stopped(run: Run, tiny_engine: Path, 
     # The state has taken the tenth token in, so the eleventh is given as the prompt, and the rest follows.
     rest = run("run", tiny_engine, "--tokens", whole[10], "-n", 19, "--state-in", state, "--state-out", state, *greedy)
     assert rest.out.strip().split(",") == whole[11:]
-    assert_one_line_error(run("run", tiny_engine, "--state-in", state), 2, "-p is needed with --state-in")
+
+
+def test_a_saved_state_goes_on_without_a_prompt(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    """What `run` saves says which token comes next; what a session saves that was only fed does not."""
+    state, words = tmp_path / "a.state", ["--temperature", 0, "--quiet"]
+    whole = run("run", tiny_engine, "--tokens", "1,2,3", "-n", 30, *words).out
+    run("run", tiny_engine, "--tokens", "1,2,3", "-n", 10, "--state-out", state, *words)
+    with goslet.open(tiny_engine) as engine:
+        expected = b"".join(bytes([int(token)]) for token in whole.split(",")[10:])
+        session = engine.session()
+        session.load(state)
+        twin = session.fork()
+        for going_on in (session, twin):
+            text = "".join(engine.generate([], max_tokens=20, temperature=0, session=going_on))
+            assert text == expected.decode(errors="replace")
+        session.feed([1])
+        assert session.logits is None
+        with pytest.raises(EmptyPromptError):
+            next(engine.generate([], session=session))
+        session.save(tmp_path / "fed.state")
+    outcome = run("run", tiny_engine, "--state-in", state, "-n", 20, "--state-out", state, *words)
+    assert outcome.out == expected.decode(errors="replace") + "\n"
+    assert run("run", tiny_engine, "--state-in", state, "-n", 5, *words).code == 0
+    outcome = run("run", tiny_engine, "--state-in", tmp_path / "fed.state")
+    assert_one_line_error(outcome, 2, "fed.state", "give the words that follow")
+
+
+def test_texts_may_begin_with_a_dash(run: Run, tiny_engine: Path) -> None:
+    common = ["run", tiny_engine, "-n", 20, "--seed", 1, "--quiet"]
+    for text in ("-hi", "--hi", "-1", "- a", "--a=b"):
+        outcome = run(*common, "-p", text, "--stop", "-never")
+        assert outcome.out == run(*common, f"--prompt={text}").out == run(*common, "--", text).out != ""
+
+
+def test_the_engine_says_how_to_sample(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
+    """Its template's parameters are used, shown, and overridden by flags one by one; greedy is greedy."""
+    path = rewritten(tiny_engine, tmp_path / "x.goslet", tokenizer=("bytes", b""), chat=BUILT_IN["g1"])
+    bare = rewritten(tiny_engine, tmp_path / "bare.goslet", tokenizer=("bytes", b""), chat=None)
+    common = ["-p", "Once", "-n", 40, "--seed", 3]
+    with goslet.open(path) as engine:
+        options = replace(engine.decoding, seed=3)
+        assert options == replace(FREE_TEXT, seed=3)
+        text = "".join(engine.generate("Once", max_tokens=40, options=options))
+        greedy = "".join(engine.generate("Once", max_tokens=40, temperature=0))
+    outcome = run("run", path, *common)
+    assert outcome.out.removesuffix("\n") == text.removesuffix("\n") != greedy
+    free = "temperature 1, top-p 0.7, presence penalty 0.25, frequency penalty 0.25"
+    assert f"goslet: sampling: {free} (" in outcome.err
+    assert run("run", bare, *common).out == outcome.out
+    outcome = run("run", path, *common, "--top-p", 1, "--min-p", 0.1)
+    assert f"sampling: {free.replace('top-p 0.7', 'min-p 0.1')} (" in outcome.err
+    outcome = run("run", path, *common, "--temperature", 0)
+    assert outcome.out.removesuffix("\n") == greedy.removesuffix("\n")
+    assert "sampling: greedy (" in outcome.err
+    outcome = run("chat", path, "-n", 1, "--mode", "think", stdin=b"hi\n")
+    assert "sampling: temperature 1, top-k 100, top-p 0.5 (" in outcome.err
+    lines = run("inspect", path).out.splitlines()
+    assert any(line.split("  ")[1:] and line.strip().startswith("text ") and free in line for line in lines)
+    assert any(line.strip().startswith("think, think-a-bit,") and "top-k 100" in line for line in lines)
+    decoding = json.loads(run("inspect", path, "--json").out)["decoding"]
+    assert decoding["text"] == free and decoding["plain"].startswith("temperature 1, top-p 0.3, ")
 
 
 def test_run_keeps_files_that_are_no_states(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
@@ -166,7 +231,7 @@ def test_ctrl_c_ends_a_run_between_two_tokens_and_saves_the_state(tiny_engine: P
 
 def test_a_reader_that_has_enough_is_no_error(tiny_engine: Path, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    process = start("run", tiny_engine, "-p", "a", "-n", 10_000_000, "--state-out", state)
+    process = start("run", tiny_engine, "-p", "a", "-n", 10_000_000, "--state-out", state, "--quiet")
     assert process.stdout is not None
     assert process.stdout.read(5)
     process.stdout.close()
