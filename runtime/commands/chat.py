@@ -1,21 +1,26 @@
-"""Talk with a model, line by line.
+"""Talk with a model, turn by turn.
 
-Every line is a turn; the model answers until it would begin the user's next turn. Ctrl-C stops a reply, Ctrl-D
-leaves. Lines that begin with "/" are commands: /reset, /save FILE, /load FILE, /help, /quit.
+Every line is a turn, and so are several lines that are pasted together; the model answers until it would begin the
+user's next turn. Ctrl-C stops an answer, Ctrl-D leaves. /help shows the commands: /undo, /retry, /save FILE and others.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import json
+import re
 import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..chat import ChatTemplate, chat_template
 from ..errors import GosletError, InputError, TokenizerError
-from ..sampling import SamplingOptions, StopMatcher
+from ..sampling import MAX_SEED, SamplingOptions, StopMatcher
 from ..session import Engine, Session
 from ..tokenizer import Tokenizer
 from .console import Console, Interruption
@@ -28,19 +33,31 @@ from .flags import (
     sampling_options,
     whole_number,
 )
+from .keyboard import Keyboard
 from .text import feed_in_pieces, text_argument
 
 NAME = "chat"
-SUMMARY = "talk with a model, line by line"
+SUMMARY = "talk with a model, turn by turn"
 
 # What a person sees at the keyboard, whatever the model reads.
 USER, ASSISTANT = "User:", "Assistant:"
 HELP = """\
-/reset      forget the conversation
-/save FILE  save it as a state, replacing one that is there
-/load FILE  go on from a saved state
-/help       show this
-/quit       leave (or Ctrl-D); Ctrl-C stops a reply"""
+/undo           take the last turn back
+/retry          let the last turn be answered anew
+/reset          forget the conversation
+/system [TEXT]  begin anew with these instructions, or none
+/mode [NAME]    answer in this mode, or show which there are
+/output TEXT    give a called tool's output
+/save FILE      save the conversation as a state, replacing one
+/load FILE      go on from a saved state
+/help           show this
+/quit           leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+# States before turns that are kept to go back to: so many, in so many bytes.
+_MAX_BACK = 32
+_MAX_BACK_BYTES = 256 << 20
+_MAX_TOOLS_BYTES = 1 << 20
+_COMMAND = re.compile(r"(/[a-z]*)(?:\s+(.*))?", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=1024,
         metavar="N",
-        help="at most N tokens a reply (default: %(default)s)",
+        help="at most N tokens an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--mode", metavar="M", help="how it answers: a mode of the template, such as think (goslet inspect shows them)"
     )
     parser.add_argument("--system", metavar="TEXT", help="instructions that every conversation begins with")
+    parser.add_argument(
+        "--tools", metavar="FILE", help="tools that it may call: a JSON list of signatures, or of objects as OpenAI's"
+    )
     parser.add_argument(
         "--chat-template", metavar="T", help="world, g1, g1-2025 or a JSON file (default: the engine's own)"
     )
@@ -70,6 +90,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
     sampling_options(args)
     system = None if args.system is None else text_argument("--system", args.system)
     chosen = None if args.chat_template is None else chat_template(args.chat_template)
+    tools = () if args.tools is None else _read_tools(args.tools)
     with open_engine(args) as engine:
         if engine.tokenizer is None:
             raise TokenizerError(
@@ -82,13 +103,43 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             raise InputError(
                 "this engine has no chat template", file=args.engine, remedy="give one: --chat-template world"
             )
-        template.opening(args.mode)  # a mode that is not there, before the first line
-        usual = template.decoding(args.mode)
-        options = sampling_options(args, usual, *filter(None, [template.stop]))
-        console.note(f"sampling: {readable_sampling(options)} (flags change it)")
-        talk = _Chat(engine, engine.tokenizer, console, options, template, args.max_tokens, args.mode, system)
+        # Tools or a mode that are not there, before the first line.
+        template.instructions("", tools)
+        mode = template.usual_mode(tools) if args.mode is None else args.mode
+
+        def options(mode: str) -> SamplingOptions:
+            return sampling_options(args, template.decoding(mode), *filter(None, [template.stop]))
+
+        console.note(f"sampling: {readable_sampling(options(mode))} (flags change it)")
+        talk = _Chat(engine, engine.tokenizer, console, options, template, args.max_tokens, mode, system, tools)
         talk.loop()
     return 0
+
+
+def _read_tools(path: str) -> Sequence[Any]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_TOOLS_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=path, expected="a JSON list of tools") from None
+    if len(data) > _MAX_TOOLS_BYTES:
+        raise InputError("is too long for a list of tools", file=path, expected=f"at most {_MAX_TOOLS_BYTES} bytes")
+    try:
+        tools = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is not JSON: {error}", file=path) from None
+    if not isinstance(tools, list) or not tools:
+        raise InputError("holds no tools", file=path, expected="a JSON list of signatures or objects")
+    return tools
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What to go back to: the state before a turn, what the user then said, and the instructions of that time."""
+
+    session: Session
+    said: str | None
+    system: str | None
 
 
 class _Chat:
@@ -97,106 +148,166 @@ class _Chat:
         engine: Engine,
         tokenizer: Tokenizer,
         console: Console,
-        options: SamplingOptions,
+        options: Callable[[str], SamplingOptions],
         template: ChatTemplate,
         max_tokens: int,
-        mode: str | None = None,
+        mode: str,
         system: str | None = None,
+        tools: Sequence[Any] = (),
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._console = console
-        self._options = options
+        self._choose_options = options
+        self._options = options(mode)
         self._template = template
         self._max_tokens = max_tokens
         self._mode = mode
         self._system = system
+        self._tools = tools
         self._session: Session = engine.session()
-        self._asks = sys.stdin is not None and sys.stdin.isatty()
+        kept = max(1, min(_MAX_BACK, _MAX_BACK_BYTES // self._session.state_size_bytes))
+        self._back: deque[_Before] = deque(maxlen=kept)
+        self._retries = 0
+        self._keyboard = Keyboard()
 
     def loop(self) -> None:
-        """Take lines until there are no more."""
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
-        if self._asks:
+        """Take turns until there are no more."""
+        if self._keyboard.asks:
             self._console.note("Ctrl-D leaves, /help shows more")
-        while (line := self._next_line()) is not None:
-            line = line.strip()
-            try:
-                if line.startswith("/"):
-                    if not self._command(*line.partition(" ")[::2]):
-                        return
-                elif line:
-                    self._reply(line)
-            except GosletError as error:
-                # A bad file or line ends neither the conversation nor what it has come to.
-                print(f"goslet: error: {error}", file=sys.stderr, flush=True)
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._keyboard.close()
 
-    def _next_line(self) -> str | None:
-        while True:
-            try:
-                if self._asks:
-                    return input(f"{USER} ")
-                return sys.stdin.readline() or None if sys.stdin is not None else None
-            except EOFError:
-                self._console.write("\n")
-                return None
-            except KeyboardInterrupt:
-                if not self._asks:
-                    raise
-                self._console.write("\n")
-                self._console.note("Ctrl-D or /quit leaves")
+    def _turn(self) -> bool:
+        """Take one turn, or run one command; False at the end."""
+        try:
+            said = self._keyboard.turn(f"{USER} ")
+            if said is None:
+                return False
+            said = said.strip()
+            if command := _COMMAND.fullmatch(said):
+                return self._command(command[1], (command[2] or "").strip())
+            if said:
+                self._reply(said)
+        except GosletError as error:
+            # A bad file or line ends neither the conversation nor what it has come to.
+            print(f"goslet: error: {error}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            if not self._keyboard.asks:
+                raise
+            self._console.write("\n" if self._keyboard.shows else "")
+            self._console.note("Ctrl-D or /quit leaves")
+        return True
 
     def _command(self, name: str, argument: str) -> bool:
         """Run a line that begins with "/"; False when it ends the conversation."""
-        argument = argument.strip()
         if name == "/quit":
             return False
-        if name == "/reset" and not argument:
-            self._session.reset()
-            self._console.note("the conversation is forgotten")
+        if name == "/undo" and not argument:
+            self._undo()
+        elif name == "/retry" and not argument:
+            self._retry()
+        elif name == "/reset" and not argument:
+            self._begin_anew(self._system)
+            self._console.note("the conversation is forgotten; /undo takes this back")
+        elif name == "/system":
+            self._begin_anew(argument or None)
+            self._console.note("a new conversation, " + ("with these instructions" if argument else "no instructions"))
+        elif name == "/mode":
+            self._change_mode(argument)
+        elif name == "/output" and argument:
+            self._reply(self._template.function_output(argument))
         elif name == "/save" and argument:
             check_state_output(argument)
             self._session.save(argument)
             self._console.note(f"saved to {argument}")
         elif name == "/load" and argument:
-            self._session.load(argument)
+            loaded = self._session.fork()
+            loaded.load(argument)
+            self._keep(None)
+            self._session = loaded
             self._console.note(f"going on from {argument}, {self._session.tokens_seen} tokens in")
         else:
             if name != "/help":
-                problem = "needs a FILE" if name in ("/save", "/load") else "is no command as it stands"
+                needs = {"/save": "needs a FILE", "/load": "needs a FILE", "/output": "needs a TEXT"}.get(name)
+                problem = needs if needs and not argument else "is no command as it stands"
                 print(f"goslet: {name} {problem}", file=sys.stderr, flush=True)
             print(HELP, file=sys.stderr, flush=True)
         return True
 
-    def _reply(self, text: str) -> None:
+    def _keep(self, said: str | None) -> None:
+        """Remember where the conversation is, to come back to."""
+        self._back.append(_Before(self._session.fork(), said, self._system))
+        self._retries = 0
+
+    def _begin_anew(self, system: str | None) -> None:
+        self._keep(None)
+        self._session.reset()
+        self._system = system
+
+    def _undo(self) -> None:
+        if not self._back:
+            self._console.note("there is nothing to undo")
+            return
+        self._go_back()
+        self._console.note(f"taken back, {self._session.tokens_seen} tokens in")
+
+    def _go_back(self) -> _Before:
+        last = self._back.pop()
+        self._session, self._system = last.session, last.system
+        return last
+
+    def _retry(self) -> None:
+        if not self._back or self._back[-1].said is None:
+            self._console.note("there is no turn to answer anew")
+            return
+        said, retries = self._go_back().said, self._retries + 1
+        assert said is not None
+        self._reply(said, retries)
+
+    def _change_mode(self, name: str) -> None:
+        if name:
+            self._options = self._choose_options(name)
+            self._mode = name
+            self._console.note(f"sampling: {readable_sampling(self._options)}")
+        self._console.note(f"mode {self._mode}, of {', '.join(self._template.modes)}")
+
+    def _reply(self, said: str, retries: int = 0) -> None:
         """One turn. Afterwards the state holds it exactly as shown, with the empty line after it, or none of it."""
-        before = self._session.fork()
-        if self._asks:
+        self._keep(said)
+        self._retries = retries
+        if self._keyboard.shows:
             self._console.write(f"{ASSISTANT} ")
         try:
             with Interruption() as interruption:
-                prompt = self._tokenizer.encode(self._opening() + self._template.prompt(text, self._mode))
+                prompt = self._tokenizer.encode(self._opening() + self._template.prompt(said, self._mode))
                 logits = feed_in_pieces(self._session, prompt, interruption)
                 if logits is None:
-                    self._session = before
+                    self._go_back()
                 else:
                     self._answer(logits, interruption)
         except GosletError:
-            self._session = before
+            self._go_back()
+            self._console.note("this turn is not remembered")
             raise
         finally:
             self._console.write("\n")
 
     def _opening(self) -> str:
         """What comes before a conversation's first turn."""
-        if self._system is None or self._session.tokens_seen > 0:
+        if (self._system is None and not self._tools) or self._session.tokens_seen > 0:
             return ""
-        return self._template.instructions(self._system)
+        return self._template.instructions(self._system or "", self._tools)
 
     def _answer(self, logits: NDArray[np.float32], interruption: Interruption) -> None:
-        sampler = self._engine.sampler(self._options)
-        matcher, decoder = StopMatcher(self._options.stop), self._tokenizer.stream()
+        options = self._options
+        if options.seed is not None and self._retries:
+            options = replace(options, seed=(options.seed + self._retries) & MAX_SEED)  # the same would be drawn again
+        sampler = self._engine.sampler(options)
+        matcher, decoder = StopMatcher(options.stop), self._tokenizer.stream()
         reply = self._show("", self._template.opening(self._mode))
         # The state before the token that began what may become a stop text, and the text since then.
         mark, since = self._session, ""

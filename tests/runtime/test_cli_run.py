@@ -305,7 +305,7 @@ def test_chat_works_piped(run: Run, tiny_engine: Path, tmp_path: Path) -> None:
     assert outcome.code == 0
     notes = outcome.err.splitlines()
     assert f"goslet: saved to {state}" in notes
-    assert "goslet: the conversation is forgotten" in notes
+    assert "goslet: the conversation is forgotten; /undo takes this back" in notes
     assert any(line.startswith(f"goslet: going on from {state}, ") for line in notes)
     assert outcome.err.count(chat.HELP) == 2
     assert "goslet: /nonsense is no command as it stands" in notes
@@ -407,6 +407,8 @@ class ScriptedTokenizer:
 
 
 class ScriptedSession:
+    state_size_bytes = 1000
+
     def __init__(self, fed: list[int]) -> None:
         self.fed = fed
 
@@ -459,7 +461,8 @@ def test_chat_remembers_exactly_what_it_shows(
 ) -> None:
     engine: Any = ScriptedEngine(list(script))
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
-    talk = chat._Chat(engine, engine.tokenizer, chat.Console(quiet=True), chat_options(), BUILT_IN["world"], 7)
+    world = BUILT_IN["world"]
+    talk = chat._Chat(engine, engine.tokenizer, chat.Console(quiet=True), chat_options, world, 7, "plain")
     talk.loop()
     assert capsys.readouterr().out == shown + "\n"
     fed = engine.tokenizer.text(talk._session.fed)  # type: ignore[attr-defined]
@@ -467,5 +470,5 @@ def test_chat_remembers_exactly_what_it_shows(
     assert engine.script == []
 
 
-def chat_options() -> goslet.SamplingOptions:
+def chat_options(mode: str) -> goslet.SamplingOptions:
     return goslet.SamplingOptions(stop=("\n\nUser:",))
