@@ -11,7 +11,7 @@ from .kinds import kind_of
 from .rwkv_file import read_pth, read_safetensors
 from .stored import StoredModel, StoredTensor
 
-__all__ = ["StoredModel", "StoredTensor", "kind_of", "read_model"]
+__all__ = ["StoredModel", "StoredTensor", "read_model"]
 
 _READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf, "ggml": read_ggml}
 

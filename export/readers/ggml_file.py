@@ -307,7 +307,9 @@ def _notes(raw: dict[str, _MappedTensor]) -> tuple[str, ...]:
     notes = []
     kinds = sorted({tensor.dtype for tensor in raw.values()} - {"F32", "F16"})
     if kinds:
-        notes.append(f"its matrices were quantized by rwkv.cpp ({', '.join(kinds)}): the model is what that left of it")
+        notes.append(
+            f"the file's matrices were quantized by rwkv.cpp ({', '.join(kinds)}): the model is what that left of it"
+        )
     if "blocks.0.att.ln_x.weight" in raw and "blocks.0.att.time_mix_k" in raw:
         notes.append(
             "rwkv.cpp runs RWKV-5 with a group norm's eps of 1e-5 where its authors' code has 64e-5, which is taken; "

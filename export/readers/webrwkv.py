@@ -28,7 +28,7 @@ from .stored import ConvertedTensor, StoredTensor
 
 Tensors = dict[str, StoredTensor]
 
-_NOTE = "it was converted for web-rwkv, which was undone: names and forms are RWKV's own again"
+_NOTE = "the file was converted for web-rwkv, which was undone: names and forms are RWKV's own again"
 _NOTE_HALF = "; its numbers are those of float16, to which that conversion rounds"
 _REMEDY = "give the .pth that it was made from"
 _DECAY, _FIRST = ".att.time_decay", ".att.time_first"

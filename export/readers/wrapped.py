@@ -74,7 +74,7 @@ def one_level(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str
             remedy="run the zero_to_fp32.py that DeepSpeed put beside its files, and give the file that it writes",
         )
     others = [key for key in inner if key != level]
-    note = f"its tensors were taken from '{level[:_SHOWN]}'"
+    note = f"the file's tensors were taken from '{level[:_SHOWN]}'"
     if others:
         note += f"; {', '.join(repr(key[:_SHOWN]) for key in others)} beside it was left alone"
     return tensors, (note,)
@@ -110,7 +110,7 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
         if own in renamed:
             raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own[:100])
         renamed[own] = tensor
-    return renamed, (f"the prefix '{prefix[:_SHOWN]}' was taken off its tensors' names",) if prefix else ()
+    return renamed, (f"the prefix '{prefix[:_SHOWN]}' was taken off the tensors' names",) if prefix else ()
 
 
 def _named(content: Mapping[object, Tensor], path: Path) -> dict[str, Tensor]:

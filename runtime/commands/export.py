@@ -30,7 +30,9 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="an RWKV .pth, .safetensors or .gguf file, or a Hugging Face folder"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="an RWKV .pth, .safetensors, .st (web-rwkv), .gguf or .bin (rwkv.cpp) file, or a Hugging Face folder",
     )
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the engine file to write: NAME.goslet")
     formats = parser.add_mutually_exclusive_group()
