@@ -188,7 +188,8 @@ OLD = Family(
         # ln_out is made without it there, so another value is two eps in one model.
         "layer_norm_epsilon": Fixed((LAYER_NORM_EPS,), "one eps for all LayerNorms, and ln_out's is always 1e-05"),
     },
-    # `rescale_every` halves the residual and what is added to it together, which the next norm undoes;
+    # `rescale_every` halves the residual and what is added to it together against overflow in fp16; the next norm
+    # undoes it but for its eps, by which transformers errs (by 2e-4 of range where it halves in every layer).
     # `num_attention_heads` is the number of heads or their size, as the release goes.
     irrelevant=_OF_ANY_MODEL | {"context_length", "model_version", "num_attention_heads", "rescale_every"},
 )

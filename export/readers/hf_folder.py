@@ -77,8 +77,11 @@ def read_folder(path: Path, read_file: Callable[[Path], StoredModel]) -> StoredM
     if family is None:
         raw, more = own_names(raw, weights)
         notes += more
-        if "rwkv" not in kind and not any(name.startswith("blocks.") for name in raw):
-            raise _of_another_kind(file, kind)
+        if not any(name.startswith("blocks.") for name in raw):
+            if "rwkv" not in kind:
+                raise _of_another_kind(file, kind)
+            # A hybrid, say: its tensors tell what it is.
+            return StoredModel("hf", {name: FloatTensor(tensor) for name, tensor in raw.items()})
         family = _own_family(raw)
     tensors: Tensors = {}
     for name, tensor in raw.items():

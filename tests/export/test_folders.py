@@ -397,6 +397,15 @@ def test_a_folder_around_one_of_rwkvs_own_files(name: str, config: dict[str, Any
         assert refusal(tmp_path / "x").place == "hidden_size"
 
 
+def test_a_hybrids_folder_is_named_and_not_its_activation(tmp_path: Path) -> None:
+    save_own(seven(), tmp_path / "x", "x.pth", model_type="rwkv_hybrid", hidden_act="silu")
+    (tmp_path / "x/x.pth").unlink()
+    names = ("self_attn.time_mixer.receptance.weight", "mlp.gate_proj.weight")
+    save_file({f"model.layers.0.{name}": torch.ones(2, 2) for name in names}, weights(tmp_path / "x"))
+    error = refusal(tmp_path / "x")
+    assert error.place != "hidden_act" and "model.layers.0" in str(error)
+
+
 def test_folders_whose_model_is_not_told(tmp_path: Path) -> None:
     save_own(seven(), tmp_path / "x", "one.pth")
     save(seven(), tmp_path / "x/two.pth")
