@@ -264,8 +264,8 @@ class _Merger:
                 file=adapter.path,
                 expected=f"an alignment below {ALIGNED}",
                 found=f"{sum(one.aligned for one in plain) / len(plain):.2f}",
-                remedy="give init_pissa.pth, which RWKV-PEFT saved in its proj_dir when training began, as "
-                "--adapter-init",
+                remedy="give what was saved when training began as --adapter-init: RWKV-PEFT's init_pissa.pth, in its "
+                "proj_dir, or the adapter as PEFT saved it before training",
             )
 
     def _rescale(self, module: str, parts: Mapping[str, Part]) -> None:

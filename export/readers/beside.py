@@ -83,5 +83,7 @@ def _as_trained(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tenso
                 raise TensorShapeError("is not a matrix", file=path, place=name[:100], found=list(tensor.shape))
             tensor = tensor.transpose(-1, -2)
         found[name.removesuffix(suffix) + _WEB_RWKV_LORA.get(suffix, "")] = tensor
-    what = "its time_state was" if has_state else "its matrices were"
-    return found, (f"{what} turned back, as in every .st file that was converted for web-rwkv or Ai00",)
+    if has_lora:
+        return found, ("its matrices were turned back, as its names are those of files converted for web-rwkv or Ai00",)
+    said = "its time_state was turned back, because .st is what files are called that were converted for web-rwkv or "
+    return found, (said + "Ai00; give one that was not another ending",)
