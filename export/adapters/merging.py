@@ -247,7 +247,8 @@ class _Merger:
                     scaled.append(found.times(self._scale(module, down)))
                 continue
             share = (found if unscaled else found.times(self._scale(module, pairs[module][0]))).share
-            if abs(share - 1) > SHARE_TOLERANCE and not (config is not None and config.beginning == "lora_ga"):
+            fits = abs(share - 1) <= SHARE_TOLERANCE  # which a NaN does not
+            if not fits and not (config is not None and config.beginning == "lora_ga"):
                 raise CheckpointError(
                     "is not what was taken out of this model's matrix when training began",
                     file=adapter.init_path,

@@ -260,6 +260,13 @@ BAD: dict[str, tuple[Tensors, Tensors | None, float | None, type[GosletError], s
         CheckpointError,
         "not what was taken out",
     ),
+    "one that overflows": (
+        TRAINED,
+        {name: 1e25 * tensor for name, tensor in INIT.items()},
+        None,
+        CheckpointError,
+        "not what was taken out",
+    ),
     "the trained one": (TRAINED, TRAINED, None, InputError, "trained adapter itself"),
     "half of it": (
         TRAINED,
