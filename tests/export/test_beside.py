@@ -123,7 +123,7 @@ def spec_of(version: str) -> ModelSpec:
 
 BAD: dict[str, tuple[bytes, type[GosletError], str]] = {
     "empty": (b"", CheckpointError, "is empty"),
-    "text": (b"not a file of tensors", CheckpointError, "neither a .pth nor"),
+    "text": (b"not a file of tensors", CheckpointError, "of no kind that goslet knows"),
     "GGUF": (b"GGUF" + bytes(40), CheckpointError, "GGUF.*file that the trainer saved"),
     "a safetensors file that is cut off": (b"\x40" + bytes(7) + b"{" + b" " * 80, CheckpointError, "not a readable"),
     "a pickle that calls": (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.", UnsafeCheckpointError, "never runs"),
