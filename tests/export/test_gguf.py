@@ -262,6 +262,27 @@ def test_headers_that_contradict_themselves(tmp_path: Path) -> None:
     assert "a key is there twice" in str(refused(path))
 
 
+def test_a_damaged_header_is_read_or_refused_and_nothing_else(seven: Path, tmp_path: Path) -> None:
+    """Bytes and lengths of the header changed at random: no other exception, and no tensor that cannot be read."""
+    whole, path, rng = seven.read_bytes(), tmp_path / "x.gguf", np.random.default_rng(11)
+    end, n_refused = gguf.GGUFReader(seven).data_offset, 0
+    for _ in range(400):
+        content = bytearray(whole)
+        at = int(rng.integers(4, end - 8))
+        if rng.random() < 0.5:
+            content[at] = int(rng.integers(256))
+        else:
+            content[at : at + 8] = struct.pack("<Q", int(rng.choice([0, 1, 1 << 31, 1 << 62])))
+        path.write_bytes(content)
+        try:
+            for tensor in read_gguf(path).tensors.values():
+                tensor.read(slice(None))
+        except CheckpointError as error:
+            n_refused += 1
+            assert error.file is not None
+    assert 100 < n_refused < 400
+
+
 def test_what_is_no_model_of_ours_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     for architecture, said in (("rwkv6qwen2", "hybrid"), ("arwkv7", "hybrid"), ("llama", "architecture")):
