@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,7 +86,14 @@ def read_gguf(path: Path) -> StoredModel:
     architecture = _architecture(header)
     head_size = header.number(f"{architecture}.{HEAD_SIZE}", 0)
     if head_size < 1:
-        raise CheckpointError("has no size of heads", file=header.path, place=f"{architecture}.{HEAD_SIZE}")
+        raise CheckpointError(
+            "has no size of heads",
+            file=header.path,
+            place=f"{architecture}.{HEAD_SIZE}",
+            expected="a number above 0",
+            found=head_size,
+            remedy="convert the model again from its .pth or folder",
+        )
     rescale = header.number(f"{architecture}.{RESCALE}", 0)
     tensors: dict[str, StoredTensor] = {}
     for part in parts:
@@ -284,10 +292,7 @@ def _size_bytes(entry: GgufEntry, kind: Any) -> int:
     import gguf
 
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    size = 1
-    for axis in entry.shape:
-        size *= axis
-    return size // block * block_bytes
+    return math.prod(entry.shape) // block * block_bytes
 
 
 @cache

@@ -2,7 +2,7 @@
 
 | key behind the architecture's name | what becomes of it |
 |---|---|
-| wkv.head_size | used: the size of heads N, which RWKV-7's tensors do not show; must be there |
+| wkv.head_size | must be there: the size of heads N, which RWKV-7's tensors do not show and RWKV-6's must have |
 | attention.layer_norm_epsilon | used: eps of every LayerNorm |
 | rescale_every_n_layers | used in rwkv6: undoes the division of two matrices; rwkv7 has none |
 | block_count, embedding_length, feed_forward_length, vocab_size | must be what the tensors have |
@@ -68,6 +68,7 @@ AGREES: Mapping[str, Mapping[str, Callable[[Shapes], int | None]]] = {
     }
     for architecture, own in {
         "rwkv6": {
+            HEAD_SIZE: _size("blocks.0.att.time_faaaa", 1),
             "time_mix_extra_dim": _size("blocks.0.att.time_maa_w1", 1, divisor=5),
             "time_decay_extra_dim": _size("blocks.0.att.time_decay_w1", 1),
         },

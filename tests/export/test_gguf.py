@@ -266,7 +266,7 @@ def test_a_damaged_header_is_read_or_refused_and_nothing_else(seven: Path, tmp_p
     """Bytes and lengths of the header changed at random: no other exception, and no tensor that cannot be read."""
     whole, path, rng = seven.read_bytes(), tmp_path / "x.gguf", np.random.default_rng(11)
     end, n_refused = gguf.GGUFReader(seven).data_offset, 0
-    for _ in range(400):
+    for _ in range(200):
         content = bytearray(whole)
         at = int(rng.integers(4, end - 8))
         if rng.random() < 0.5:
@@ -280,7 +280,7 @@ def test_a_damaged_header_is_read_or_refused_and_nothing_else(seven: Path, tmp_p
         except CheckpointError as error:
             n_refused += 1
             assert error.file is not None
-    assert 100 < n_refused < 400
+    assert 50 < n_refused < 200
 
 
 def test_what_is_no_model_of_ours_is_named(tmp_path: Path) -> None:
