@@ -23,7 +23,15 @@ from ..errors import InputError, OutputError, TokenizerError
 from ..output import check_output, hidden_folder
 from ..residuals import with_residuals
 from ..spec import ModelSpec, StateSpec
-from ..tokenizer import Tokenizer, check_fits, load_tokenizer, tokenizer_from_file, world_tokenizer
+from ..tokenizer import (
+    Tokenizer,
+    TrieTokenizer,
+    WorldTokenizer,
+    check_fits,
+    load_tokenizer,
+    tokenizer_from_file,
+    world_tokenizer,
+)
 from ..weights import FLOAT_BYTES, EncodedWeight, WeightFormat, encode_blocks
 from .adapters import read_adapter
 from .calibration import MomentsFile, multiplied, open_moments
@@ -392,7 +400,7 @@ def _vocabulary(
         return None
     beside = source.tokenizer
     try:
-        return _tokenizer(beside if choice is None else choice, source.spec.vocab_size)
+        vocabulary = _tokenizer(beside if choice is None else choice, source.spec.vocab_size)
     except TokenizerError as error:
         # A tokenizer.json comes with every folder that transformers saves, and most kinds of it are not exact.
         if choice is None and isinstance(beside, Path) and beside.suffix == ".json":
@@ -406,6 +414,20 @@ def _vocabulary(
             found=error.found,
             remedy=f"{error.remedy + ', or ' if error.remedy else ''}--tokenizer none for an engine of token ids",
         ) from error
+    if isinstance(vocabulary, TrieTokenizer):
+        _note_gaps(vocabulary, source.spec.vocab_size, note)
+    return vocabulary
+
+
+def _note_gaps(vocabulary: TrieTokenizer, vocab_size: int, note: Callable[[str], None]) -> None:
+    """What a vocabulary lacks, which is as it should be or comes of a file that was cut off."""
+    if isinstance(vocabulary, WorldTokenizer):
+        return
+    if vocabulary.n_entries + 1 < vocab_size:
+        note(f"the vocabulary has {vocabulary.n_entries} tokens for the model's {vocab_size} ids")
+    lacking = 256 - len(vocabulary.single_bytes())
+    if lacking:
+        note(f"the vocabulary has no token for {lacking} of the 256 bytes: a text that needs one is refused")
 
 
 def _tokenizer(choice: str | os.PathLike[str] | Callable[[], Tokenizer] | None, vocab_size: int) -> Tokenizer | None:

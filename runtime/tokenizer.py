@@ -216,6 +216,10 @@ class TrieTokenizer(Tokenizer):
         """How many ids stand for something."""
         return self._trie.n_entries
 
+    def single_bytes(self) -> bytes:
+        """The bytes that are a token by themselves: with all 256 of them every text has ids."""
+        return bytes(byte for byte in range(256) if self._trie.encode(bytes([byte]))[1])
+
     @property
     def end_token(self) -> int | None:
         """0, unless that stands for something."""

@@ -429,6 +429,7 @@ class TestOtherVocabularies:
         assert tokenizer.encode("abéba") == [5, 300, 2, 1]
         assert tokenizer.decode([5, 0, 300, 3, 2]) == "abéb"
         assert tokenizer.textless_tokens() == set(range(1, 301)) - set(self.SMALL)
+        assert (tokenizer.n_entries, tokenizer.single_bytes()) == (5, b"ab\xc3")
         again = load_tokenizer("trie", tokenizer.to_bytes())
         assert again.to_bytes() == tokenizer.to_bytes() and again.encode("abé") == [5, 300]
 
