@@ -41,7 +41,7 @@ from .compensate import Compensation, compensate
 from .gptq import quantize_matrix
 from .graph import OPSET, check_graph, trace_step
 from .models.tensors import TensorRule
-from .onnxfile import write_onnx
+from .onnxfile import FORMS, ONNXRUNTIME, PORTABLE, write_onnx
 from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, check_budget, recipe
 from .residuals import add_to_graph, add_to_program
 from .sensitivity import losses, output_sensitivities
@@ -106,6 +106,8 @@ def export_engine(
     adapter_init: str | os.PathLike[str] | None = None,
     chat: str | os.PathLike[str] | None = None,
     onnx: str | os.PathLike[str] | None = None,
+    onnx_form: str = ONNXRUNTIME,
+    onnx_batch: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -142,6 +144,8 @@ def export_engine(
             it, and world for any other.
         onnx: write also a self-contained ONNX model that takes a token, here (`goslet.export.onnxfile`); beyond 2 GiB
             its weights lie in a second file beside it, ``NAME.data``.
+        onnx_form: ``onnxruntime``, or ``portable`` for other runtimes.
+        onnx_batch: rows of the ONNX model's inputs; None leaves them open.
         overwrite: replace files that exist.
         progress: called with a stage's name, the work done and all of it.
 
@@ -157,6 +161,10 @@ def export_engine(
     """
     start_s = time.monotonic()
     report_progress = progress or (lambda stage, done, total: None)
+    if onnx_form not in FORMS:
+        raise InputError("no such form", place="onnx_form", expected=" or ".join(FORMS), found=repr(onnx_form))
+    if onnx_batch is not None and (isinstance(onnx_batch, bool) or not isinstance(onnx_batch, int) or onnx_batch < 1):
+        raise InputError("is no number of rows", place="onnx_batch", expected="1 or more", found=repr(onnx_batch))
     outputs = [path] if onnx is None else [path, onnx]
     for output in outputs:
         check_output(output, overwrite)
@@ -193,7 +201,7 @@ def export_engine(
         state_spec = version.state_spec(spec)
         if bits is not None:
             check_budget(bits, source.rules)
-        if onnx is not None and _onnx_bytes(source.rules, chosen, bits) > MAX_FILE_BYTES:
+        if onnx is not None and _onnx_bytes(source.rules, chosen, bits, onnx_form) > MAX_FILE_BYTES:
             check_output(data_path(Path(onnx)), overwrite)
             check_name(data_path(Path(onnx)))
         initial_state = _initial_state(state, source, state_spec, notes.append)
@@ -269,7 +277,7 @@ def export_engine(
         onnx_files: tuple[Path, ...] = ()
         if onnx is not None:
             report_progress("writing ONNX", 0, 1)
-            onnx_files = write_onnx(engine, onnx, overwrite=overwrite)
+            onnx_files = write_onnx(engine, onnx, form=onnx_form, batch=onnx_batch, overwrite=overwrite)
             report_progress("writing ONNX", 1, 1)
         return ExportReport(
             path=Path(path),
@@ -302,11 +310,13 @@ def _plain_engine(
             yield plain
 
 
-def _onnx_bytes(rules: Sequence[TensorRule], chosen: Recipe, bits: float | None) -> float:
+def _onnx_bytes(rules: Sequence[TensorRule], chosen: Recipe, bits: float | None, form: str) -> float:
     """About how large an ONNX model's weights will be, rather more than less."""
-    # An embedding of 3 or 4 bits takes 8 there, and a scale of a group of 32 takes 32.
+    # An embedding of 3 or 4 bits takes 8 there, and a scale of a group of 32 takes 32; in the portable form all
+    # integers take 8, and bf16 takes 32.
+    float_bytes = FLOAT_BYTES | ({"bf16": 4} if form == PORTABLE else {})
     return sum(
-        math.prod(rule.shape) * (2 if bits is not None else FLOAT_BYTES.get(chosen.format_of(rule).name, 1.125))
+        math.prod(rule.shape) * (2 if bits is not None else float_bytes.get(chosen.format_of(rule).name, 1.125))
         for rule in rules
     )
 

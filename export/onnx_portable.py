@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import GosletError
+from .streamed import SMALL_BYTES, StreamedModel
 
 # The oldest in which all of it can be said: later ones only moved the axes of reductions around.
 OPSET = 13
@@ -37,34 +38,28 @@ OPERATORS = frozenset([
     "Sigmoid", "Split", "Sqrt", "Sub", "Tanh",
 ])  # fmt: skip
 TYPES = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT64))
-# Constants of at most so many numbers lie inside the model, others among its weights.
-SMALL = 128
 _REPORT = "report this as a bug in goslet; without --onnx-form portable the model can be written"
 # Where a shape has the batch.
 BATCH = -1
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
-Weights = dict[str, Callable[[], bytes]]
 
 
-def portable_form(model: ModelProto, weights: Mapping[str, Callable[[], bytes]]) -> tuple[ModelProto, Weights]:
+def portable_form(source: StreamedModel) -> StreamedModel:
     """The same model in the portable form, with its inputs, outputs and metadata.
 
     Args:
-        model: as `goslet.export.onnxfile` makes it; its batch has a name.
-        weights: what makes the raw bytes of those initializers that are not inside the model.
-
-    Returns:
-        The model and what makes its weights, which asks `weights` when it is asked.
+        source: as `goslet.export.onnxfile` makes it; its batch has a name. Its weights are asked for when those of the
+            portable form are.
 
     Raises:
         GosletError: the graph has something that the portable form has no words for.
     """
-    writer = _Writer(model, weights)
+    writer = _Writer(source)
     writer.run()
     check_portable(writer.model)
-    return writer.model, writer.weights
+    return StreamedModel(writer.model, writer.weights)
 
 
 def check_portable(model: ModelProto) -> None:
@@ -110,9 +105,9 @@ class _Writer:
         weights: what makes its larger initializers.
     """
 
-    def __init__(self, source: ModelProto, weights: Mapping[str, Callable[[], bytes]]) -> None:
-        self._source = source
-        self._source_weights = weights
+    def __init__(self, streamed: StreamedModel) -> None:
+        self._source = source = streamed.model
+        self._source_weights = streamed.weights
         self._opset = {entry.domain: entry.version for entry in source.opset_import}[""]
         self._source_nodes = _inlined(source)
         self._readers: dict[str, list[str]] = defaultdict(list)
@@ -124,7 +119,7 @@ class _Writer:
         self._rows: dict[str, tuple[str, str]] = {}  # rows of a stored table: the table and the indices
         self._same: dict[str, str] = {}  # values that are another one
         self._written: set[str] = set()
-        self.weights: Weights = {}
+        self.weights: dict[str, Callable[[], bytes]] = {}
         self.model = ModelProto(
             ir_version=IR_VERSION,
             opset_import=[helper.make_opsetid("", OPSET)],
@@ -189,7 +184,7 @@ class _Writer:
         if name not in self._written:
             self._written.add(name)
             tensor = self.model.graph.initializer.add(name=name, data_type=constant.onnx_type, dims=constant.shape)
-            if math.prod(constant.shape) <= SMALL:
+            if 8 * math.prod(constant.shape) <= SMALL_BYTES:
                 tensor.raw_data = _bytes(constant.make)
             else:
                 self.weights[name] = partial(_bytes, constant.make)

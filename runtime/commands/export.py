@@ -24,6 +24,7 @@ SUGGESTED_TOKENIZERS = {
 CALIBRATION_TOKENS = 8192
 LOW_RANK_METHODS = ("svd", "weighted", "drift", "sensing", "zero")
 SPARSE_METHODS = ("magnitude", "weighted", "l1", "flow")
+ONNX_FORMS = ("onnxruntime", "portable")
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors")
 
 
@@ -107,6 +108,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write a self-contained ONNX model that takes a token; its metadata says how a text begins; "
         "beyond 2 GiB its weights are in OUT.data",
     )
+    parser.add_argument(
+        "--onnx-form",
+        choices=ONNX_FORMS,
+        help="onnxruntime (default), or portable: few old operators, for OpenVINO, tract, tinygrad, MNN, IREE, TVM and "
+        "others; integer weights take a byte each there",
+    )
+    parser.add_argument(
+        "--onnx-batch",
+        type=whole_number(1),
+        metavar="N",
+        help="a fixed batch, for runtimes that need to know it (default: any)",
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
@@ -141,6 +154,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         raise UsageError("--group: is chosen by --bits, tensor by tensor; give one of them", "goslet export --help")
     if args.calibration_tokens is not None and args.calibrate is None:
         raise UsageError("--calibration-tokens: is of no use without --calibrate", "goslet export --help")
+    if args.onnx is None and (args.onnx_form or args.onnx_batch):
+        raise UsageError("--onnx-form, --onnx-batch: are of no use without --onnx", "goslet export --help")
     for output in (args.output, args.onnx):
         if output is not None:
             check_output(output, overwrite=args.force)  # before the seconds that importing torch takes
@@ -169,6 +184,8 @@ def execute(args: argparse.Namespace, console: Console) -> int:
             adapter_init=args.adapter_init,
             chat=args.chat_template,
             onnx=args.onnx,
+            onnx_form=args.onnx_form or ONNX_FORMS[0],
+            onnx_batch=args.onnx_batch,
             overwrite=args.force,
             progress=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,13 @@ from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_r
 from torch import Tensor  # noqa: E402
 
 from goslet.enginefile import EngineFile  # noqa: E402
-from goslet.errors import GosletError  # noqa: E402
+from goslet.errors import GosletError, InputError  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.compensate import Compensation  # noqa: E402
 from goslet.export.models.blocks import EagerOps, token_pieces  # noqa: E402
 from goslet.export.onnx_portable import check_portable, portable_form  # noqa: E402
+from goslet.export.streamed import StreamedModel  # noqa: E402
 from goslet.residuals import effective_weight  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 
@@ -71,12 +73,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def exported(checkpoint: Path, folder: Path, quant: str, **more: object) -> tuple[Path, ModelProto]:
     """An engine, and the portable model of it."""
     engine, path = folder / f"{quant}.goslet", folder / f"{quant}.onnx"
-    export_engine(checkpoint, engine, quant=quant, onnx=path, **more)  # type: ignore[arg-type]
-    model, weights = portable_form(onnx.load(path), {})
-    for tensor in model.graph.initializer:
-        if tensor.name in weights:
-            tensor.raw_data = weights[tensor.name]()
-    onnx.save(model, path)
+    export_engine(checkpoint, engine, quant=quant, onnx=path, onnx_form="portable", **more)  # type: ignore[arg-type]
     return engine, onnx.load(path)
 
 
@@ -186,6 +183,34 @@ def test_residuals_beside_quantized_matrices(tmp_path: Path, text: Path) -> None
     check(model, *exact(engine, path))
 
 
+@pytest.mark.parametrize("form", ["onnxruntime", "portable"])
+def test_a_fixed_batch(form: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    export_engine(
+        checkpoints("7"), tmp_path / "x.goslet", quant="int8", onnx=path, onnx_form=form, onnx_batch=len(TOKENS[0])
+    )
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_value == len(TOKENS[0])
+    found = run(ort(model), exact(tmp_path / "x.goslet", checkpoints("7"))[0])
+    assert found["logits"].shape == (*TOKENS.shape, 61)
+
+
+def test_what_the_file_says_of_itself_is_kept(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    paths = {form: tmp_path / f"{form}.onnx" for form in ("onnxruntime", "portable")}
+    for form, path in paths.items():
+        export_engine(checkpoints("4"), tmp_path / "x.goslet", onnx=path, onnx_form=form, overwrite=True)
+    said = [{entry.key: entry.value for entry in onnx.load(path).metadata_props} for path in paths.values()]
+    assert said[0] == said[1] and "goslet.state" in said[0]
+
+
+def test_a_form_or_batch_that_does_not_exist_is_refused(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    for wrong in ({"onnx_form": "onnx"}, {"onnx_batch": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            export_engine(checkpoints("4"), tmp_path / "x.goslet", onnx=tmp_path / "x.onnx", **wrong)
+    assert os.listdir(tmp_path) == []
+
+
 def _add_type(model: ModelProto) -> None:
     model.graph.initializer[0].data_type = TensorProto.BFLOAT16
 
@@ -226,4 +251,4 @@ def test_an_operator_that_it_has_no_words_for_is_named(checkpoints: Callable[[st
     model = onnx.load(tmp_path / "x.onnx")
     next(node for node in model.graph.node if node.op_type == "Sigmoid").op_type = "Softsign"
     with pytest.raises(GosletError, match="no words for the operator :Softsign"):
-        portable_form(model, {})
+        portable_form(StreamedModel(model, {}))
