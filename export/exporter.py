@@ -33,6 +33,7 @@ from ..tokenizer import (
     world_tokenizer,
 )
 from ..weights import FLOAT_BYTES, EncodedWeight, WeightFormat, encode_blocks
+from .activations import split
 from .adapters import read_adapter
 from .calibration import MomentsFile, multiplied, open_moments
 from .calibration_text import CALIBRATION_TOKENS
@@ -229,7 +230,6 @@ def export_engine(
             formats = {rule.name: chosen.format_of(rule) for rule in source.rules}
             report_progress("tracing", 0, 1)
             graph = trace_step(version, spec, source.rules, formats)
-            check_graph(graph)
             report_progress("tracing", 1, 1)
             write = partial(
                 write_engine,
@@ -258,17 +258,15 @@ def export_engine(
             tensors = _tensors(source, formats, seen if by_feedback else None, report_progress)
             program = version.program(spec).to_bytes()
             if compensation is None:
-                content = graph.SerializeToString(deterministic=True)
-                write(path, graph=content, tensors=tensors, program=program, overwrite=overwrite)
+                write(path, graph=_stored_graph(graph), tensors=tensors, program=program, overwrite=overwrite)
             else:
                 tokens = None if seen is None else seen.tokens
                 with _plain_engine(write, path, graph, tensors, program) as plain:
                     residuals = compensate(plain, source, tokens, compensation, report_progress)
                     add_to_graph(graph, residuals)
-                    check_graph(graph)
                     write(
                         path,
-                        graph=graph.SerializeToString(deterministic=True),
+                        graph=_stored_graph(graph),
                         tensors=with_residuals(plain, residuals),
                         program=add_to_program(program, residuals),
                         overwrite=overwrite,
@@ -291,6 +289,16 @@ def export_engine(
             duration_s=time.monotonic() - start_s,
             notes=tuple(notes),
         )
+
+
+def _stored_graph(graph: ModelProto) -> bytes:
+    """The step graph as an engine holds it."""
+    stored = ModelProto()
+    stored.CopyFrom(graph)
+    split(stored)
+    check_graph(stored)
+    content: bytes = stored.SerializeToString(deterministic=True)
+    return content
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from ..errors import InputError
 from ..initializers import SCALE_SUFFIX, weight_buffers, weight_initializers
 from ..spec import EMBEDDING
 from ..weights import EncodedWeight, as_int4, quantized_values
+from .activations import whole
 from .streamed import StreamedModel
 
 PRECISIONS = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -63,6 +64,7 @@ def lower(
         InputError: a weight does not fit into the precision.
     """
     model = ModelProto.FromString(bytes(engine.graph_bytes))
+    whole(model)
     graph = model.graph
     for value in (*graph.input, *graph.output):
         dimension = value.type.tensor_type.shape.dim[0]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .enginefile import EngineFile
 
 SCALE_SUFFIX = ".scale"
+# The function of a graph that gives products with 8-bit weights their activations as two terms
+# (`goslet.export.activations`); graphs of older engines have none.
+SPLIT = "TwoTerms"
 # TensorProto.DataType of onnx.proto.
 ONNX_TYPES = {"f32": 1, "f16": 10, "bf16": 16, "int8": 3, "int4": 22, "int3": 22, "u16": 4}
 _ONNX_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "int3": 4, "u16": 16}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import BackendError, DependencyError, first_line
 from ..graph_check import check_step_graph
-from ..initializers import expected_initializers, graph_initializers
+from ..initializers import SPLIT, expected_initializers, graph_initializers
 from ..spec import EMBEDDING
 from ..state import State
 from ..weights import EncodedWeight, WeightFormat, decode_rows
@@ -48,7 +48,8 @@ class OrtBackend(Backend):
         file: the opened engine; its weights are unpacked to ONNX's layout once, here.
         threads: ONNX Runtime's intra-op threads; None lets it choose.
         exact: multiply in float32 throughout, with weights dequantized in memory; otherwise quantized weights meet
-            activations rounded to int8. For `verify`, which holds the graph to float32's tolerance.
+            activations rounded to int8, or in two terms of int8 (`goslet.export.activations`). For `verify`, which
+            holds the graph to float32's tolerance.
 
     Raises:
         DependencyError: onnxruntime is not installed.
@@ -101,13 +102,16 @@ class OrtBackend(Backend):
         self._vocab_size = file.spec.vocab_size
         self._n_input = sum(file.spec.input_sizes)
         self._exact = exact
+        self._splits = SPLIT.encode() in bytes(file.graph_bytes)
 
     def _check_provider(self, onnxruntime: Any) -> None:
         """Raise BackendUnavailableError where this ONNX Runtime lacks the provider."""
 
     def activation_rounding(self, weight: WeightFormat) -> Rounding | None:
-        """See `Backend`."""
-        return None if weight.group is None or self._exact else Rounding(8, weight.group)
+        """See `Backend`; two terms of 8 bits err as one of 16."""
+        if weight.group is None or self._exact:
+            return None
+        return Rounding(16 if weight.name == "int8" and self._splits else 8, weight.group)
 
     def stepper(self, state: State) -> Stepper:
         """A stepper with one binding for each direction between `state`'s two buffers."""
