@@ -27,6 +27,7 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from ..errors import GosletError
+from .activations import whole
 from .streamed import SMALL_BYTES, StreamedModel
 
 # The oldest in which all of it can be said: later ones only moved the axes of reductions around.
@@ -434,7 +435,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _inlined(model: ModelProto) -> list[NodeProto]:
-    """The nodes with functions written out."""
+    """The nodes with functions written out, and activations whole: two terms are for ONNX Runtime."""
     bare = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
     bare.graph.name = model.graph.name
     bare.graph.node.extend(model.graph.node)
@@ -442,6 +443,7 @@ def _inlined(model: ModelProto) -> list[NodeProto]:
     bare.graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:  # without its numbers, of which the inliner would make copies
         bare.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    whole(bare)
     return list(inline_local_functions(bare).graph.node)
 
 
