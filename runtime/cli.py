@@ -16,12 +16,12 @@ from types import FrameType
 from typing import NoReturn
 
 from . import __version__
-from .commands import bench, chat, demo, evaluate, export, inspect, plan, recalibrate, run, sketch, verify
+from .commands import bench, chat, demo, evaluate, export, fetch, inspect, plan, recalibrate, run, sketch, verify
 from .commands.console import Console
 from .commands.flags import UsageError
 from .errors import GosletError, one_line
 
-COMMANDS = (export, run, chat, inspect, verify, evaluate, bench, plan, sketch, recalibrate, demo)
+COMMANDS = (fetch, export, run, chat, inspect, verify, evaluate, bench, plan, sketch, recalibrate, demo)
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 

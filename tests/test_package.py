@@ -43,7 +43,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 # What the runtime may import from elsewhere: when it is imported, and later, where it is needed.
 BASE_PACKAGES = {"numpy"}
-LAZY_PACKAGES = {"onnxruntime", "tensorrt", "tokenizers"}
+LAZY_PACKAGES = {"huggingface_hub", "onnxruntime", "tensorrt", "tokenizers"}
 # Whoever imports this module asks for the harness that it adapts to.
 ADAPTERS = {"goslet.lm_eval": {"lm_eval", "tqdm"}}
 
