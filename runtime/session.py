@@ -18,7 +18,7 @@ from .backends import Backend, open_backend
 from .chat import FREE_TEXT, ChatTemplate
 from .enginefile import EngineFile
 from .errors import EmptyPromptError, InputError, StateError, TokenError, TokenizerError
-from .sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
+from .sampling import Sampler, SamplingOptions, StopMatcher, UncountedTokens
 from .spec import ModelSpec, StateSpec
 from .state import State, fresh_buffer
 from .tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -184,7 +184,7 @@ class Engine:
         self._file = file
         self._backend = backend
         self._tokenizer = tokenizer
-        self._uncounted: frozenset[int] | None = None
+        self._uncounted: UncountedTokens | None = None
         self._forbidden: Mapping[int, float] | None = None
         self._process = os.getpid()
         self._this_thread = _ThisThread()
@@ -409,7 +409,7 @@ class Engine:
                 self._forbidden = dict.fromkeys(textless, -math.inf)
             options = replace(options, logit_bias={**options.logit_bias, **self._forbidden})
             if self._uncounted is None and options.penalizes:
-                self._uncounted = uncounted_tokens(tokenizer)
+                self._uncounted = UncountedTokens(tokenizer)
         return Sampler(options, vocab_size, self._uncounted or ())
 
     def generate_tokens(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goslet.errors import InputError, NonFiniteError, TokenError
-from goslet.sampling import Sampler, SamplingOptions, StopMatcher, uncounted_tokens
+from goslet.sampling import Sampler, SamplingOptions, StopMatcher, UncountedTokens
 
 
 def random_logits(seed: int, vocab_size: int, scale: float = 3.0) -> np.ndarray:
@@ -315,15 +315,19 @@ def test_a_fork_goes_on_alike_and_apart() -> None:
 
 
 class Letters:
-    vocab_size = 9
     texts = ("", " ", "\n\n", "a", "7", " 42", "٣", "x1", "\u3000")
 
     def decode(self, tokens: list[int]) -> str:
+        if max(tokens) >= len(self.texts):
+            raise TokenError("is outside the vocabulary")
         return "".join(self.texts[token] for token in tokens)
 
 
 def test_whitespace_and_digits_are_uncounted() -> None:
-    assert uncounted_tokens(Letters()) == {1, 2, 4, 5, 8}
+    uncounted = UncountedTokens(Letters())
+    for _ in range(2):
+        assert {token for token in range(12) if token in uncounted} == {1, 2, 4, 5, 8}
+        assert np.int64(4) in uncounted and "4" not in uncounted
 
 
 def naive_search(text: str, stop: list[str]) -> tuple[str, str | None]:
