@@ -84,6 +84,10 @@ class TokenizerError(GosletError):
     """A vocabulary cannot be read, or an engine has no tokenizer and text was asked for."""
 
 
+class NotByteLevelError(TokenizerError):
+    """A ``tokenizer.json`` is of a kind whose tokens are not byte strings; its model can be run by token ids."""
+
+
 class ContainerError(GosletError):
     """An engine or state file is damaged or is not one."""
 

@@ -21,11 +21,11 @@ from ._native import VocabularyTrie
 from .errors import DependencyError, InputError, TokenError, TokenizerError
 from .output import Path
 from .spec import MAX_VOCAB_SIZE
+from .tokenizer_json import BYTE_OF_CHARACTER, MAX_FILE_BYTES, checked_tokenizer_json
 
 if TYPE_CHECKING:
     import tokenizers
 
-MAX_FILE_BYTES = 64 << 20
 WORLD_VOCAB_SIZE = 65536
 WORLD_LAST_ID = 65529
 END_OF_TEXT = "<|endoftext|>"
@@ -33,8 +33,6 @@ END_OF_TEXT = "<|endoftext|>"
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 _MAX_LINE_CHARACTERS = 4096
 _AGAIN = "get the file again"
-# Unicode's own; at most 18 characters come of one.
-_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 class StreamDecoder:
@@ -320,18 +318,18 @@ def vocabulary_of(bytes_of_id: Mapping[int, bytes], file: Path | None = None) ->
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` whose tokens are byte strings (decoder ``ByteLevel``), run by the package `tokenizers`.
 
-    Truncation and padding that the file may ask for are off, and its post-processor adds no tokens: a prompt is fed
-    as it stands, without special tokens even where it spells one. Tokens that the file marks as special decode to no
-    bytes. What the file's normalizer changes stays changed, and bytes that its vocabulary lacks are left out when it
-    names no unknown token: both as that package does. The normalizer may be one of Unicode's (RWKV-4 Pile's is NFC);
-    others, such as Replace, can make a short text endless and are refused.
+    `goslet.tokenizer_json` says which files are taken, and what of them the package is given. Truncation, padding and
+    post-processor are not: a prompt is fed as it stands, without special tokens even where it spells one. Tokens that
+    the file marks as special decode to no bytes. What the file's normalizer changes stays changed, and bytes that its
+    vocabulary lacks are left out when it names no unknown token: both as that package does.
 
     Args:
         data: the file's content.
         file: its name, for errors.
 
     Raises:
-        TokenizerError: it cannot be read, its tokens are not byte strings, or its normalizer is not one of Unicode's.
+        NotByteLevelError: its tokens are not byte strings, or it would lose some of the text.
+        TokenizerError: it cannot be read, or holds what goslet does not know.
     """
 
     kind = "hf"
@@ -429,6 +427,7 @@ def tokenizer_from_file(path: Path) -> Tokenizer:
     """Read a vocabulary in the World format (``.txt``) or a Hugging Face ``tokenizer.json`` (``.json``).
 
     Raises:
+        NotByteLevelError: a ``tokenizer.json`` whose tokens are not byte strings.
         TokenizerError: the file is missing, unreadable, too large, of neither kind or malformed.
     """
     suffix = pathlib.PurePath(path).suffix.lower()
@@ -570,46 +569,16 @@ def _package_errors(problem: str, file: Path | None) -> Iterator[None]:
 def _parse_hugging_face(data: bytes, file: Path | None) -> tokenizers.Tokenizer:
     import tokenizers
 
+    content = checked_tokenizer_json(data, file)
     with _package_errors("is not a tokenizer.json", file):
-        tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
-        raise TokenizerError(
-            "its tokens are not byte strings, so that text could not be streamed exactly",
-            file=file,
-            place="decoder",
-            expected="ByteLevel",
-            found=type(tokenizer.decoder).__name__,
-            remedy="use a byte-level tokenizer",
-        )
-    if tokenizer.normalizer is not None and type(tokenizer.normalizer).__name__ not in _NORMALIZERS:
-        raise TokenizerError(
-            "its normalizer may make a short text endless",
-            file=file,
-            place="normalizer",
-            expected=f"none, {', '.join(_NORMALIZERS)}",
-            found=type(tokenizer.normalizer).__name__,
-            remedy="use a tokenizer without it",
-        )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer = tokenizers.Tokenizer.from_str(content)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The byte that each character of a ByteLevel token stands for: itself if it is printable Latin-1, otherwise one
-    of the characters from U+0100 on, given out in the order of the bytes (GPT-2's published alphabet)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
-
-
 def _byte_level_bytes(token: str) -> bytes:
     try:
-        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+        return bytes([BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
         # As the package `tokenizers` does: a token outside the alphabet is taken literally.
         return token.encode("utf-8")

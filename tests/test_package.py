@@ -29,6 +29,7 @@ LAYERS = (
         "graph_check",
         "state",
         "tokenizer",
+        "tokenizer_json",
         "planfile",
         "residuals",
         "layerwise",
