@@ -203,6 +203,9 @@ std::optional<VocabularyTrie> read_vocabulary(const EngineFile& file) {
         if (!file.tokenizer().empty()) {
             throw Failure(GOSLET_BAD_FILE, "tokenizer: should be empty");
         }
+    } else if (!file.tokenizer_kind().empty() && file.tokenizer_kind() != "hf") {
+        throw ContainerError(ContainerError::Kind::kUnsupported, "is of an unknown kind; install a newer goslet",
+                             "tokenizer", "bytes, hf or world", goslet::shown(file.tokenizer_kind()));
     }
     if (vocab_size > file.vocab_size()) {
         throw Failure(GOSLET_BAD_FILE, "tokenizer: has " + std::to_string(vocab_size) + " ids, more than the model's " +

@@ -25,6 +25,8 @@ constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 48;
 constexpr std::int64_t kMaxVocabSize = 1 << 24;
 constexpr std::int64_t kMaxDimension = 1 << 20;
 constexpr std::int64_t kMaxLayers = 1 << 10;
+constexpr std::int64_t kMaxOpset = 1 << 20;
+constexpr std::string_view kKeptInputs = ".kept_inputs";
 
 [[noreturn]] void refuse(const std::string& problem, const std::string& place = "", const std::string& expected = "",
                          const std::string& found = "") {
@@ -84,7 +86,7 @@ void check_graph_info(const Json& graph) {
     if (graph.need("format", "graph").text("graph.format") != "onnx") {
         refuse("is not a known format", "graph.format", "onnx");
     }
-    need_in(graph, "opset", 1, std::numeric_limits<std::int64_t>::max(), "graph");
+    need_in(graph, "opset", 1, kMaxOpset, "graph");
 }
 
 // A product of sizes, none above kMaxBytes by much.
@@ -204,6 +206,15 @@ std::vector<TensorView> read_tensors(const std::vector<Json>& items, std::string
         tensor.shape = read_shape(item, place);
         if ((is_integer(tensor.format) || tensor.layout != TensorLayout::kRows) && tensor.shape.size() != 2) {
             refuse("is not a matrix", place, "2 axes", std::to_string(tensor.shape.size()));
+        }
+        const bool is_places = tensor.format == Format::kU16;
+        if (is_places && tensor.layout != TensorLayout::kRows) {
+            refuse("cannot be laid out so", place, "rows");
+        }
+        const bool names_places =
+            name.size() >= kKeptInputs.size() && name.substr(name.size() - kKeptInputs.size()) == kKeptInputs;
+        if (is_places != names_places) {
+            refuse("is stored as places and is none, or the other way round", place);
         }
         const Sizes sizes = stored_sizes(tensor, place);
         const std::uint64_t offset = up_to(end, kTensorAlignmentBytes);

@@ -20,7 +20,8 @@ class Json {
   public:
     enum class Kind : std::uint8_t { kNull, kBoolean, kInteger, kNumber, kText, kArray, kObject };
 
-    // Throws JsonError; at most kMaxDepth values lie within each other and at most kMaxValues in all.
+    // Throws JsonError; at most kMaxDepth values lie within each other, and there are at most kMaxValues commas
+    // and opening brackets, one for each value.
     static Json parse(std::string_view text);
     static constexpr std::size_t kMaxDepth = 64;
     static constexpr std::size_t kMaxValues = std::size_t{1} << 20;

@@ -63,7 +63,9 @@ _OTHERS = {
     b"GOSLETSK": "goslet's sketches of a model",
 }
 MAX_HEADER_BYTES = 64 << 20
+# Values, a comma or an opening bracket each, and how deep one may lie in another; csrc/json.cpp has the same.
 MAX_HEADER_VALUES = 1 << 20
+MAX_HEADER_DEPTH = 64
 MAX_SECTION_BYTES = 1 << 48
 
 _PREFIX = struct.Struct("<8sIIQ")
@@ -505,12 +507,27 @@ def _parse_json(encoded: bytes) -> dict[str, Any]:
             # Half a surrogate pair is legal in JSON and fails later, wherever it is printed.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise HeaderError("is nested too deeply", place="header", remedy=_AGAIN) from None
+        _refuse_depth()
     except ValueError as error:
         raise HeaderError(f"is not JSON: {error}", place="header", remedy=_AGAIN) from None
     if not isinstance(value, dict):
         raise HeaderError("is not a JSON object", place="header", found=type(value).__name__, remedy=_AGAIN)
+    level: list[Any] = [value]
+    for _ in range(MAX_HEADER_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _values(outer)]
+    if level:
+        _refuse_depth()
     return value
+
+
+def _values(outer: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
+
+
+def _refuse_depth() -> NoReturn:
+    raise HeaderError(
+        "is nested too deeply", place="header", expected=f"at most {MAX_HEADER_DEPTH} levels", remedy=_AGAIN
+    ) from None
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ TENSOR_ALIGNMENT_BYTES = 64
 GRAPH_FORMAT = "onnx"
 
 _MAX_AXES = 8
+_MAX_OPSET = 1 << 20
 # Names that are file names everywhere: a backend may have to write a weight to a file of its own.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 _AGAIN = "export the engine again"
@@ -474,8 +475,10 @@ def _need(header: Mapping[str, Any], key: str, kind: type, place: str = "") -> A
 def _check_graph_info(info: Mapping[str, Any]) -> None:
     if _need(info, "format", str, "graph.") != GRAPH_FORMAT:
         raise HeaderError("is not a known format", place="graph.format", expected=GRAPH_FORMAT, remedy=_AGAIN)
-    if _need(info, "opset", int, "graph.") < 1:
-        raise HeaderError("is not an opset", place="graph.opset", found=info["opset"], remedy=_AGAIN)
+    if not 1 <= _need(info, "opset", int, "graph.") <= _MAX_OPSET:
+        raise HeaderError(
+            "is not an opset", place="graph.opset", expected=f"1 to {_MAX_OPSET}", found=info["opset"], remedy=_AGAIN
+        )
 
 
 def _read_tokenizer(header: Mapping[str, Any], container: Container) -> str | None:

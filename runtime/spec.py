@@ -7,6 +7,7 @@ records them as JSON, and backends allocate and check by them.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,6 +18,8 @@ from .errors import HeaderError
 MAX_VOCAB_SIZE = 1 << 24
 MAX_DIMENSION = 1 << 20
 MAX_LAYERS = 1 << 10
+# As StateBuffer::kMaxSizeBytes: far above any real model.
+MAX_STATE_BYTES = 1 << 32
 STATE_LAYOUT_VERSION = 1
 # The one tensor that is gathered on the host, row by row, instead of being an initializer of the graph.
 EMBEDDING = "emb.weight"
@@ -55,6 +58,14 @@ def _need_positive_float(mapping: Mapping[str, Any], key: str, place: str) -> fl
     if not (math.isfinite(value) and value > 0):
         raise HeaderError("is not a positive number", place=f"{place}.{key}", found=value)
     return value
+
+
+def _is_float32(value: float) -> bool:
+    """Whether it is finite as the nearest float32."""
+    try:
+        return math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,7 @@ class StateSpec:
             )
         tensors = []
         names = set()
+        left_bytes = MAX_STATE_BYTES
         for index, item in enumerate(_need(value, "tensors", list, place)):
             at = f"{place}.tensors[{index}]"
             shape = _need(item, "shape", list, at)
@@ -213,9 +225,12 @@ class StateSpec:
                 raise HeaderError("appears twice", place=f"{at}.name", found=name[:_SHOWN_CHARACTERS])
             names.add(name)
             init = float(_need(item, "init", (int, float), at))
-            if not math.isfinite(init):
-                raise HeaderError("is not finite", place=f"{at}.init", found=init)
+            if not _is_float32(init):
+                raise HeaderError("is not a float32", place=f"{at}.init", found=init)
             tensors.append(StateTensor(name, dims, _need(item, "axes", str, at), init))
+            left_bytes -= 4 * math.prod(dims)
+            if left_bytes < 0:
+                raise HeaderError("is too large", place=f"{at}.shape", expected=f"at most {MAX_STATE_BYTES} bytes")
         if not tensors:
             raise HeaderError("is empty", place=f"{place}.tensors", expected="at least one tensor")
         return cls(tuple(tensors), layout_version)
