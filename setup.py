@@ -75,6 +75,6 @@ setup(
         "eval": ["lm_eval>=0.4.13"],
         "test": ["pytest>=8", "hypothesis>=6.100", "rwkv==0.8.32"],
     },
-    entry_points={"console_scripts": ["goslet = goslet.cli:main"]},
+    entry_points={"console_scripts": ["goslet = goslet.entry:main"]},
     zip_safe=False,
 )

@@ -205,7 +205,7 @@ std::optional<VocabularyTrie> read_vocabulary(const EngineFile& file) {
         }
     } else if (!file.tokenizer_kind().empty() && file.tokenizer_kind() != "hf") {
         throw ContainerError(ContainerError::Kind::kUnsupported, "is of an unknown kind; install a newer goslet",
-                             "tokenizer", "bytes, hf or world", goslet::shown(file.tokenizer_kind()));
+                             "tokenizer", "bytes, hf, trie or world", goslet::shown(file.tokenizer_kind()));
     }
     if (vocab_size > file.vocab_size()) {
         throw Failure(GOSLET_BAD_FILE, "tokenizer: has " + std::to_string(vocab_size) + " ids, more than the model's " +
@@ -286,6 +286,7 @@ void feed(goslet_session* session, const goslet_token* tokens, std::size_t n_tok
     require(session, "session");
     require(tokens, "tokens");
     require_process(*session->engine);
+    session->engine->file.check_whole();
     const Hold hold(*session);
     session->engine->native.feed({{&session->state, tokens, n_tokens, logits, all_logits}});
 }
@@ -441,6 +442,7 @@ goslet_status goslet_step_batch(goslet_session* const* sessions, const goslet_to
         }
         const std::shared_ptr<SharedEngine>& engine = sessions[0]->engine;
         require_process(*engine);
+        engine->file.check_whole();
         std::vector<Sequence> batch;
         for (std::size_t i = 0; i < n_sessions; ++i) {
             if (sessions[i]->engine != engine) {
@@ -522,12 +524,16 @@ goslet_status goslet_decode(const goslet_engine* engine, const goslet_token* tok
         }
         *n_bytes = 0;
         const VocabularyTrie* const trie = text_vocabulary(engine->shared->file, engine->shared->vocabulary);
-        const std::size_t vocab_size = trie == nullptr ? kBytesVocabulary : trie->vocab_size();
+        const std::size_t known = trie == nullptr ? kBytesVocabulary : trie->vocab_size();
+        const std::size_t vocab_size = engine->shared->file.vocab_size();
         std::string bytes;
         for (std::size_t i = 0; i < n_tokens; ++i) {
             if (tokens[i] < 0 || static_cast<std::uint64_t>(tokens[i]) >= vocab_size) {
                 refuse("token " + std::to_string(i) + " is " + std::to_string(tokens[i]) +
-                       ", outside the tokenizer's vocabulary of " + std::to_string(vocab_size));
+                       ", outside the model's vocabulary of " + std::to_string(vocab_size));
+            }
+            if (static_cast<std::uint64_t>(tokens[i]) >= known) {
+                continue;  // a row of the model that the tokenizer has no text for
             }
             if (trie == nullptr) {
                 bytes += static_cast<char>(tokens[i]);

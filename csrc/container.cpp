@@ -111,6 +111,7 @@ class Descriptor {
     Descriptor(const Descriptor&) = delete;
     Descriptor& operator=(const Descriptor&) = delete;
     int number() const { return number_; }
+    int release() { return std::exchange(number_, -1); }
 
   private:
     int number_;
@@ -172,7 +173,7 @@ MappedFile::MappedFile(const std::string& path) {
         refuse_unreadable(errno);
     }
     check_regular(status.st_mode);
-    const Descriptor descriptor(open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+    Descriptor descriptor(open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
     if (descriptor.number() < 0 || fstat(descriptor.number(), &status) != 0) {
         refuse_unreadable(errno);
     }
@@ -189,13 +190,24 @@ MappedFile::MappedFile(const std::string& path) {
     if (data == MAP_FAILED) {
         refuse(Kind::kUnreadable, std::string("cannot be mapped into memory: ") + std::strerror(errno));
     }
+    descriptor_ = descriptor.release();
     data_ = static_cast<const char*>(data);
     size_bytes_ = static_cast<std::size_t>(size_bytes);
+}
+
+void MappedFile::check_whole() const {
+    struct stat status{};
+    if (descriptor_ >= 0 && fstat(descriptor_, &status) == 0 &&
+        static_cast<std::uint64_t>(status.st_size) < size_bytes_) {
+        refuse(Kind::kDamaged, "was cut short while it was open; copy it again, and open it again", "",
+               in_bytes(size_bytes_), in_bytes(static_cast<std::uint64_t>(status.st_size)));
+    }
 }
 
 MappedFile::~MappedFile() {
     if (data_ != nullptr) {
         munmap(const_cast<char*>(data_), size_bytes_);
+        close(descriptor_);
     }
 }
 

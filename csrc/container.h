@@ -43,7 +43,8 @@ std::string error_message(const std::string& problem, const std::string& place, 
 std::string shown(std::string_view text);
 
 // A file that is mapped read-only. Whoever shortens the file in place while it is mapped makes reading it fatal
-// (SIGBUS); goslet never does, it replaces files by renaming, which leaves a map whole.
+// (SIGBUS), where `check_whole` does not find it first; goslet never does, it replaces files by renaming, which leaves
+// a map whole.
 class MappedFile {
   public:
     // Only ordinary files. Throws ContainerError.
@@ -53,8 +54,11 @@ class MappedFile {
     MappedFile& operator=(const MappedFile&) = delete;
 
     std::string_view bytes() const noexcept { return {data_, size_bytes_}; }
+    // Throws ContainerError where the file is shorter than when it was mapped.
+    void check_whole() const;
 
   private:
+    int descriptor_ = -1;
     const char* data_ = nullptr;  // null for an empty file
     std::size_t size_bytes_ = 0;
 };
@@ -87,6 +91,8 @@ class Container {
     const SectionEntry* find(std::string_view name) const noexcept;
     // A section's bytes, good while the container lives. Throws ContainerError where there is no such section.
     std::string_view section(std::string_view name) const;
+    // Throws ContainerError where somebody has shortened the file since it was opened.
+    void check_whole() const { file_.check_whole(); }
 
   private:
     void read_prefix(const ContainerKind& kind);

@@ -21,6 +21,8 @@ class EngineFile {
     // Throws ContainerError and std::bad_alloc.
     explicit EngineFile(const std::string& path);
 
+    // Throws ContainerError where somebody has shortened the file since it was opened; asked before weights are read.
+    void check_whole() const { container_.check_whole(); }
     const std::string& model_id() const noexcept { return model_id_; }
     std::size_t vocab_size() const noexcept { return vocab_size_; }
     const StateSpec& state_spec() const noexcept { return state_spec_; }

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..reading import MAX_TEXT_BYTES, read_file
 from ..tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 8192
@@ -61,7 +62,7 @@ def calibration_tokens(path: str | os.PathLike[str], tokenizer: Tokenizer, n_tok
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_TEXT_BYTES)
     except OSError as error:
         raise InputError(
             f"the text cannot be read: {error.strerror or error}", file=path, remedy="check the name"

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import HeaderError, InputError
+from .reading import MAX_SETTINGS_BYTES, read_file
 from .sampling import DECODING, SamplingOptions
 
 _PLACE = "{}"
@@ -541,14 +542,15 @@ def chat_template(choice: str | os.PathLike[str]) -> ChatTemplate:
     if choice in BUILT_IN:
         return BUILT_IN[os.fspath(choice)]
     try:
-        with open(choice, encoding="utf-8") as file:
-            return ChatTemplate.from_json(json.load(file), "template")
+        data = read_file(choice, MAX_SETTINGS_BYTES)
     except OSError as error:
         raise InputError(
             f"is no chat template: {error.strerror}",
             file=choice,
             expected=", ".join(BUILT_IN) + " or the path of a JSON file",
         ) from None
+    try:
+        return ChatTemplate.from_json(json.loads(data.decode("utf-8")), "template")
     except HeaderError as error:
         raise InputError(
             error.problem, file=choice, place=error.place, expected=error.expected, found=error.found

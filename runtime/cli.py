@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import bench, chat, demo, evaluate, export, fetch, inspect, plan, recalibrate, run, sketch, verify
-from .commands.console import Console
+from .commands.console import ENDINGS, Console
 from .commands.flags import UsageError
 from .errors import GosletError, one_line
 
@@ -186,13 +186,10 @@ class _Ended(SystemExit):
         super().__init__(self.status)
 
 
-_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 def _end(number: int, frame: FrameType | None) -> None:
     # Another one, such as the SIGHUP that often follows a SIGTERM, must not cut the cleaning up short. (With SIG_IGN
     # in its place, Python would complain about one that has arrived already.)
-    for other in _ENDINGS:
+    for other in ENDINGS:
         if signal.getsignal(other) is _end:
             signal.signal(other, _go_on_ending)
     raise _Ended(number)
@@ -207,7 +204,7 @@ def _ending_cleanly() -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into `_Ended`, where they would end the process and this thread may decide it."""
     taken = []
     if threading.current_thread() is threading.main_thread():
-        taken = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+        taken = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
     for number in taken:
         signal.signal(number, _end)
     try:

@@ -254,8 +254,10 @@ def errors_in(path: Path) -> Iterator[None]:
 class Container:
     """An open file, mapped read-only; made by `read_container`.
 
-    A file that somebody shortens in place while it is mapped cannot be protected against; everything goslet writes is
-    replaced by renaming instead, which leaves an open map whole.
+    Where somebody shortens the file in place while it is mapped, reading what is gone ends the process (SIGBUS); a
+    handler of that signal would be the whole process's, which is not a library's to set. `check_whole` finds such a
+    file before it is read, unless it is cut at that very moment. Everything goslet writes is replaced by renaming
+    instead, which leaves an open map whole.
 
     Attributes:
         path: the file, as it was given.
@@ -330,6 +332,24 @@ class Container:
                 expected=entry.sha256,
                 found=digest.hexdigest(),
                 remedy=_AGAIN,
+            )
+
+    def check_whole(self) -> None:
+        """Look at the file's size, which takes about a microsecond.
+
+        Raises:
+            TruncatedError: somebody has shortened the file since it was opened.
+        """
+        if self._mapped is None:
+            return
+        size_bytes = self._mapped.size()
+        if size_bytes < self.size_bytes:
+            raise TruncatedError(
+                "was cut short while it was open",
+                file=self.path,
+                expected=f"{self.size_bytes} bytes",
+                found=f"{size_bytes} bytes",
+                remedy="copy it again, and open it again",
             )
 
     def close(self) -> None:

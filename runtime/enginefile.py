@@ -442,6 +442,14 @@ class EngineFile:
         """
         self._container.check()
 
+    def check_whole(self) -> None:
+        """As `Container.check_whole`.
+
+        Raises:
+            TruncatedError: somebody has shortened the file since it was opened.
+        """
+        self._container.check_whole()
+
     def close(self) -> None:
         """Unmap the file, or let it be unmapped when the last view into it is gone."""
         self._container.close()

@@ -52,8 +52,9 @@ _SHAPES = frozenset({
 OPERATORS = _ELEMENTWISE | _CONTRACTIONS | _SHAPES
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-# How a field is read: once at most, any number of times, only that it is there, or not at all.
-_ONCE, _MANY, _PRESENT, _SKIP = range(4)
+# How a field is read: once at most, any number of times, only that it is there, not at all; as a text or a message
+# that means nothing here and is only held to be one. ONNX Runtime prints its complaints about texts that are not UTF-8.
+_ONCE, _MANY, _PRESENT, _SKIP, _TEXT, _WITHIN = range(6)
 
 _TENSOR_ATTRIBUTE = 4
 _ATTRIBUTE_TYPES = {1: "f", 2: "i", 3: "s", _TENSOR_ATTRIBUTE: "t", 6: "floats", 7: "ints", 8: "strings"}
@@ -75,6 +76,7 @@ class _Message:
         name: the message.
         by_tag: the name and the way of reading of every field, by the number and wire type that it begins with.
         numbers: the fields' names by number; those that are refused too.
+        within: what the messages are that mean nothing here, by their fields' names.
     """
 
     def __init__(
@@ -87,11 +89,14 @@ class _Message:
         numbers: Mapping[str, int] | None = None,
         present: Mapping[str, int] | None = None,
         skipped: Mapping[str, int] | None = None,
+        texts: Mapping[str, int] | None = None,
+        within: Mapping[str, tuple[int, _Message]] | None = None,
         refused: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
         self.by_tag: dict[int, tuple[str, int]] = {}
         self.numbers: dict[int, str] = {field: key for key, field in (refused or {}).items()}
+        self.within = {key: message for key, (_, message) in (within or {}).items()}
         every = (_VARINT, _FIXED64, _BYTES, _FIXED32)
         for fields, wires, way in (
             (number, (_VARINT,), _ONCE),
@@ -100,6 +105,8 @@ class _Message:
             (numbers, (_VARINT, _BYTES), _MANY),
             (present, every, _PRESENT),
             (skipped, every, _SKIP),
+            (texts, (_BYTES,), _TEXT),
+            ({key: field for key, (field, _) in (within or {}).items()}, (_BYTES,), _WITHIN),
         ):
             for key, field in (fields or {}).items():
                 self.numbers[field] = key
@@ -108,6 +115,14 @@ class _Message:
 
 _OPSET = _Message("OperatorSetIdProto", number={"version": 2}, content={"domain": 1})
 _ENTRY = _Message("StringStringEntryProto", content={"key": 1, "value": 2})
+_NOTE = _Message("StringStringEntryProto", texts={"key": 1, "value": 2})
+_SIZE = _Message("Dimension", skipped={"dim_value": 1}, texts={"dim_param": 2, "denotation": 3})
+_SIZES = _Message("TensorShapeProto", within={"dim": (1, _SIZE)})
+_ARRAY = _Message("TypeProto.Tensor", skipped={"elem_type": 1}, within={"shape": (2, _SIZES)})
+_TYPE = _Message("TypeProto", texts={"denotation": 6}, within={"tensor_type": (1, _ARRAY)})
+_VALUE = _Message(
+    "ValueInfoProto", texts={"name": 1, "doc_string": 3}, within={"type": (2, _TYPE), "metadata_props": (4, _NOTE)}
+)
 _TENSOR = _Message(
     "TensorProto",
     number={"data_type": 2, "data_location": 14},
@@ -117,7 +132,8 @@ _TENSOR = _Message(
     present={
         "float_data": 4, "int32_data": 5, "int64_data": 7, "raw_data": 9, "double_data": 10, "uint64_data": 11,
     },
-    skipped={"doc_string": 12, "metadata_props": 16},
+    texts={"doc_string": 12},
+    within={"metadata_props": (16, _NOTE)},
     refused={"segment": 3, "string_data": 6},
 )  # fmt: skip
 _ATTRIBUTE = _Message(
@@ -125,7 +141,7 @@ _ATTRIBUTE = _Message(
     number={"type": 20},
     content={"t": 5},
     present={"f": 2, "i": 3, "s": 4, "floats": 7, "ints": 8, "strings": 9},
-    skipped={"name": 1, "doc_string": 13},
+    texts={"name": 1, "doc_string": 13},
     refused={
         "g": 6, "graphs": 11, "tensors": 10, "sparse_tensor": 22, "sparse_tensors": 23, "tp": 14, "type_protos": 15,
         "ref_attr_name": 21,
@@ -135,29 +151,36 @@ _NODE = _Message(
     "NodeProto",
     content={"op_type": 4, "domain": 7},
     contents={"attribute": 5},
-    skipped={"input": 1, "output": 2, "name": 3, "doc_string": 6, "metadata_props": 9},
+    texts={"input": 1, "output": 2, "name": 3, "doc_string": 6},
+    within={"metadata_props": (9, _NOTE)},
     refused={"overload": 8, "device_configurations": 10},
 )
 _FUNCTION = _Message(
     "FunctionProto",
     content={"name": 1, "domain": 10},
     contents={"node": 7, "opset_import": 9},
-    skipped={"input": 4, "output": 5, "doc_string": 8, "value_info": 12, "metadata_props": 14},
+    texts={"input": 4, "output": 5, "doc_string": 8},
+    within={"value_info": (12, _VALUE), "metadata_props": (14, _NOTE)},
     refused={"attribute": 6, "attribute_proto": 11, "overload": 13},
 )
 _GRAPH = _Message(
     "GraphProto",
     contents={"node": 1, "initializer": 5},
-    skipped={"name": 2, "doc_string": 10, "input": 11, "output": 12, "value_info": 13, "metadata_props": 16},
+    texts={"name": 2, "doc_string": 10},
+    within={
+        "input": (11, _VALUE),
+        "output": (12, _VALUE),
+        "value_info": (13, _VALUE),
+        "metadata_props": (16, _NOTE),
+    },
     refused={"sparse_initializer": 15, "quantization_annotation": 14},
 )
 _MODEL = _Message(
     "ModelProto",
     content={"graph": 7},
     contents={"opset_import": 8, "functions": 25},
-    skipped={
-        "ir_version": 1, "producer_name": 2, "producer_version": 3, "domain": 4, "model_version": 5, "doc_string": 6,
-    },
+    skipped={"ir_version": 1, "model_version": 5},
+    texts={"producer_name": 2, "producer_version": 3, "domain": 4, "doc_string": 6},
     refused={"metadata_props": 14, "training_info": 20, "configuration": 26},
 )  # fmt: skip
 
@@ -409,6 +432,11 @@ class _Scanner:
                 found[name] = value
             elif way == _PRESENT:
                 found[name] = True
+            elif way == _TEXT:
+                if not data[value[0] : value[1]].isascii():
+                    self._text(value, place)
+            elif way == _WITHIN:
+                self._read(value, message.within[name], place)
         return found
 
     def _varint(self, position: int, end: int, place: str) -> tuple[int, int]:

@@ -76,7 +76,9 @@ def _raise_exists(shown: str) -> NoReturn:
 
 def output_error(error: OSError, shown: Path) -> OutputError:
     """What an operating system's error says of an output."""
-    folder = os.path.dirname(os.path.abspath(shown))
+    is_link = os.path.islink(shown)
+    folder = os.path.dirname(os.path.realpath(shown) if is_link else os.path.abspath(shown))
+    its_folder = "the folder that this link leads to" if is_link else "its folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError("the disk is full", file=shown, remedy="free some space or choose another folder")
     if error.errno == errno.EFBIG:
@@ -86,12 +88,12 @@ def output_error(error: OSError, shown: Path) -> OutputError:
             remedy="choose another folder or raise the limit",
         )
     if error.errno == errno.ENOENT:
-        return OutputError("its folder does not exist", file=shown, found=folder, remedy="make the folder first")
+        return OutputError(f"{its_folder} does not exist", file=shown, found=folder, remedy="make the folder first")
     if error.errno == errno.ENOTDIR:
-        return OutputError("its folder is a file", file=shown, found=folder, remedy="choose another folder")
+        return OutputError(f"{its_folder} is a file", file=shown, found=folder, remedy="choose another folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(
-            "its folder cannot be written", file=shown, found=folder, remedy="choose another folder or allow writing"
+            f"{its_folder} cannot be written", file=shown, found=folder, remedy="choose another folder or allow writing"
         )
     return OutputError(f"cannot be written: {error.strerror or error}", file=shown, remedy="choose another name")
 

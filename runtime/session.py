@@ -97,6 +97,7 @@ class Session:
             EmptyPromptError: there are no tokens.
             TokenError: a token is not an integer or outside the vocabulary; nothing was fed then.
             BackendError: the step failed.
+            TruncatedError: somebody has shortened the engine's file since it was opened.
             InputError: the engine is closed, or was opened by another process.
             StateError: this thread is within another call of this engine's sessions.
         """
@@ -104,6 +105,7 @@ class Session:
         logits = np.empty((len(ids) if all_logits else 1, self._engine.spec.vocab_size), np.float32)
         with self._engine.turn(), self._lock:
             self._engine.check_open()
+            self._engine.file.check_whole()
             self.remember(None)
             self._stepper.feed(ids, logits)
         return logits if all_logits else logits[0]
@@ -266,6 +268,7 @@ class Engine:
             InputError: there are no sessions, too many, not as many as tokens, or one is given twice or of another
                 engine; or the engine is closed, or was opened by another process.
             BackendError: the step failed.
+            TruncatedError: somebody has shortened the engine's file since it was opened.
             StateError: this thread is within another call of this engine's sessions.
         """
         batch = list(sessions)
@@ -298,6 +301,7 @@ class Engine:
 
         def step() -> None:
             self.check_open()
+            self._file.check_whole()
             self._backend.step_batch([session._stepper for session in batch], ids, logits)
 
         with self.turn():

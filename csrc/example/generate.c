@@ -13,8 +13,8 @@
 
 #include "goslet.h"
 
-/* No token of a World vocabulary is longer. */
-#define MAX_TOKEN_BYTES 256
+/* No vocabulary's token is longer. */
+#define MAX_TOKEN_BYTES 65536
 
 /* A number from 0 to `high` that is the whole of `text`. */
 static int parse_number(const char* text, double high, double* number) {
@@ -65,7 +65,7 @@ static goslet_token sample(const float* logits, size_t n_logits, double temperat
 }
 
 static int print_token(const goslet_engine* engine, goslet_token token) {
-    char bytes[MAX_TOKEN_BYTES];
+    static char bytes[MAX_TOKEN_BYTES];
     size_t n_bytes = 0;
     if (goslet_decode(engine, &token, 1, bytes, sizeof bytes, &n_bytes) != GOSLET_OK) {
         fprintf(stderr, "generate: %s\n", goslet_last_error());

@@ -175,8 +175,8 @@ GOSLET_API goslet_status goslet_encode(const goslet_engine* engine, const char* 
 
 /* The bytes of tokens (n_tokens), without a NUL behind them. `text` has room for `capacity` bytes and may be NULL where
  * that is 0; *n_bytes becomes their number. If that exceeds `capacity`, none is stored and the call fails with
- * GOSLET_BUFFER_TOO_SMALL. A token may end within a UTF-8 character, which the next ones then complete. Ids that stand
- * for nothing have no bytes. */
+ * GOSLET_BUFFER_TOO_SMALL. A token may end within a UTF-8 character, which the next ones then complete. Ids of the
+ * model that stand for nothing have no bytes. */
 GOSLET_API goslet_status goslet_decode(const goslet_engine* engine, const goslet_token* tokens, size_t n_tokens,
                                        char* text, size_t capacity, size_t* n_bytes);
 

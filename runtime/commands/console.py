@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,8 +12,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+# What tells a process to end, by its owner and by the terminal that goes away.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 _REDRAW_S = 0.1
 _LINE_S = 30.0  # between lines where there is no terminal to redraw one on
@@ -68,10 +73,18 @@ class Interruption:
     """Turns the first Ctrl-C within its context into `requested`; the second one raises KeyboardInterrupt.
 
     So a generation ends between two tokens, with a state that holds exactly what was fed.
+
+    Args:
+        endings: whether a signal that tells the process to end is noted as well, where the command line handles it, and
+            handled when the context is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, endings: bool = False) -> None:
+        self._notes_endings = endings
         self.requested = False
+        self._endings: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._ending: int | None = None
+        self._waits = False
 
     def __enter__(self) -> Interruption:
         # Only the main thread may set handlers, and who started this process may have it ignore Ctrl-C.
@@ -79,6 +92,11 @@ class Interruption:
         self._active = threading.current_thread() is threading.main_thread() and callable(self._before)
         if self._active:
             signal.signal(signal.SIGINT, self._note)
+        if self._notes_endings and threading.current_thread() is threading.main_thread():
+            for name in ENDINGS:
+                if callable(handler := signal.getsignal(name)):
+                    self._endings[name] = handler
+                    signal.signal(name, self._note_ending)
         return self
 
     def __exit__(
@@ -86,6 +104,27 @@ class Interruption:
     ) -> None:
         if self._active:
             signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._endings.items():
+            signal.signal(number, handler)
+        if self._ending is not None:
+            self._endings[self._ending](self._ending, None)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal that tells the process to end is handled at once within: what is done may wait for ever."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _note_ending(self, number: int, frame: FrameType | None) -> None:
+        if self._waits or self._ending is not None:
+            self._ending = None
+            self._endings[number](number, frame)
+            return
+        self._ending = number
+        self.requested = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

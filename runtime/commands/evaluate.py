@@ -8,11 +8,11 @@ is per target. Every passage begins with a fresh state and the end-of-document t
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..errors import InputError
 from ..evaluation import evaluate_text
 from ..lambada import evaluate_lambada
+from ..reading import MAX_TEXT_BYTES, read_file
 from .console import Console
 from .flags import UsageError, add_backend_flags, open_engine, whole_number
 from .text import read_text
@@ -38,7 +38,7 @@ def execute(args: argparse.Namespace, console: Console) -> int:
         return _lambada(args, console)
     if args.limit is not None:
         raise UsageError("--limit: goes with --lambada", see="goslet eval --help")
-    text = read_text(Path(args.text).read_bytes(), args.text)
+    text = read_text(read_file(args.text, MAX_TEXT_BYTES), args.text)
     if not text:
         raise InputError("the text is empty", file=args.text)
     with open_engine(args) as engine, console.progress() as progress:

@@ -1,6 +1,7 @@
 """Write text after a prompt.
 
-The text goes to stdout as it is sampled. Ctrl-C ends it between two tokens; --state-out is written even then.
+The text goes to stdout as it is sampled. Ctrl-C and SIGTERM end it between two tokens; --state-out is written even
+then.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import TokenizerError
+from ..reading import MAX_PROMPT_BYTES, read_bounded
 from ..session import Engine, Session
 from .console import Console, Interruption
 from .export import need_export_packages
@@ -86,10 +88,10 @@ def execute(args: argparse.Namespace, console: Console) -> int:
                 return engine.generate(last, max_tokens=args.max_tokens, session=session, options=options)
             return _as_ids(engine.generate_tokens(last, max_tokens=args.max_tokens, session=session, options=options))
 
-        with Interruption() as interruption:
+        with Interruption(endings=args.state_out is not None) as interruption:
             try:
                 _write(console, session, tokens, generate, interruption)
-            except BrokenPipeError:
+            except (BrokenPipeError, SystemExit):  # nobody reads any more, or it is to end in the middle of a write
                 _save(session, args.state_out)
                 raise
             _save(session, args.state_out)
@@ -133,7 +135,7 @@ def _prompt_argument(args: argparse.Namespace) -> str | list[int] | None:
         return text_argument(flag, given)
     if sys.stdin is None or sys.stdin.isatty():
         return None
-    text = read_text(sys.stdin.buffer.read(), "the piped prompt")
+    text = read_text(read_bounded(sys.stdin.buffer, MAX_PROMPT_BYTES, place="the piped prompt"), "the piped prompt")
     return text.removesuffix("\n").removesuffix("\r") or None
 
 
@@ -175,7 +177,8 @@ def _write(
     middle_s = time.perf_counter()
     last = "\n"
     for piece in generate(tokens[-1:]):
-        console.write(piece)
+        with interruption.at_once():
+            console.write(piece)
         last = piece
         if interruption.requested:
             break

@@ -506,6 +506,48 @@ def test_other_tokenizers_are_not_offered(
     engine.close()
 
 
+def test_ids_beyond_the_tokenizer_have_no_bytes(c_api: ctypes.CDLL, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A model may have more rows than its tokenizer has ids."""
+    torch = pytest.importorskip("torch")
+    from goslet.export import export_engine
+
+    tensors = torch.load(tiny_checkpoint)
+    for name in ("emb.weight", "head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:44]])
+    torch.save(tensors, tmp_path / "larger.pth")
+    export_engine(tmp_path / "larger.pth", tmp_path / "m.goslet", quant="f32", tokenizer="bytes")
+    engine = CEngine(c_api, tmp_path / "m.goslet")
+    assert engine.vocab_size == 300
+    assert engine.decode([97, 256, 299, 98]) == b"ab"
+    ids, count = np.array([300], np.int64), c_size_t()
+    assert c_api.goslet_decode(engine.handle, ids.ctypes.data, 1, None, 0, byref(count)) == INVALID_ARGUMENT
+    assert "outside the model's vocabulary of 300" in engine.error
+    engine.close()
+
+
+def test_tokenizers_of_an_unknown_kind_are_refused(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
+    path = rewritten(tiny_engine, tmp_path / "m.goslet", tokenizer=("sentence", b"x"))
+    assert refusal(c_api, path) == UNSUPPORTED
+    assert "unknown kind" in c_api.goslet_last_error().decode()
+
+
+def test_an_engine_that_is_cut_while_it_is_open(c_api: ctypes.CDLL, tiny_engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.goslet"
+    path.write_bytes(tiny_engine.read_bytes())
+    engine = CEngine(c_api, path)
+    session = engine.session()
+    session.feed([1, 2])
+    os.truncate(path, 4096)
+    ids, logits = np.array([3], np.int64), np.zeros(256, np.float32)
+    handles = (c_void_p * 1)(session.handle)
+    assert c_api.goslet_feed(session.handle, ids.ctypes.data, 1, logits.ctypes.data) == BAD_FILE
+    assert "was cut short while it was open" in engine.error
+    assert c_api.goslet_step_batch(handles, ids.ctypes.data, 1, logits.ctypes.data) == BAD_FILE
+    assert session.tokens_seen == 2
+    session.free()
+    engine.close()
+
+
 # --------------------------------------------------------------------------------------------------------- the example
 
 

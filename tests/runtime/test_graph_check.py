@@ -271,6 +271,50 @@ def test_damaged_bytes(graph: bytes, words: str, step: Step) -> None:
         check(step, graph)
 
 
+MARK = "MARKMARK"
+TEXTS: dict[str, Callable[[ModelProto], object]] = {
+    "model.producer_name": lambda model: setattr(model, "producer_name", MARK),
+    "model.domain": lambda model: setattr(model, "domain", MARK),
+    "model.doc_string": lambda model: setattr(model, "doc_string", MARK),
+    "graph.name": lambda model: setattr(model.graph, "name", MARK),
+    "graph.doc_string": lambda model: setattr(model.graph, "doc_string", MARK),
+    "graph.metadata_props": lambda model: model.graph.metadata_props.add(key=MARK, value="x"),
+    "graph.input.name": lambda model: setattr(model.graph.input[0], "name", MARK),
+    "graph.input.type": lambda model: setattr(model.graph.input[0].type, "denotation", MARK),
+    "graph.input.type.shape": lambda model: setattr(
+        model.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", MARK
+    ),
+    "graph.output.doc_string": lambda model: setattr(model.graph.output[0], "doc_string", MARK),
+    "graph.value_info.name": lambda model: model.graph.value_info.add(name=MARK),
+    "node.name": lambda model: setattr(model.graph.node[0], "name", MARK),
+    "node.input": lambda model: model.graph.node[0].input.append(MARK),
+    "node.output": lambda model: model.graph.node[0].output.append(MARK),
+    "node.doc_string": lambda model: setattr(model.graph.node[0], "doc_string", MARK),
+    "node.metadata_props": lambda model: model.graph.node[0].metadata_props.add(key="x", value=MARK),
+    "attribute.name": lambda model: model.graph.node[0].attribute.add(name=MARK, type=2, i=1),
+    "attribute.doc_string": lambda model: model.graph.node[0].attribute.add(name="x", type=2, i=1, doc_string=MARK),
+    "initializer.doc_string": lambda model: setattr(model.graph.initializer[0], "doc_string", MARK),
+    "function.input": lambda model: model.functions[0].input.append(MARK),
+    "function.output": lambda model: model.functions[0].output.append(MARK),
+    "function.doc_string": lambda model: setattr(model.functions[0], "doc_string", MARK),
+    "function.node.name": lambda model: setattr(model.functions[0].node[0], "name", MARK),
+    "function.value_info.name": lambda model: model.functions[0].value_info.add(name=MARK),
+}
+
+
+@pytest.mark.parametrize("place", TEXTS)
+def test_every_text_is_utf8(place: str, step: Step) -> None:
+    """ONNX Runtime would print its complaint and go on without what the text stands for."""
+    model = ModelProto.FromString(step.graph)
+    TEXTS[place](model)
+    good = model.SerializeToString()
+    assert good.count(MARK.encode()) == 1
+    check(step, good)
+    check(step, good.replace(MARK.encode(), "MARKéRK".encode()))
+    with pytest.raises(BackendError, match="holds a text that is not UTF-8"):
+        check(step, good.replace(MARK.encode(), b"MARK\xffARK"))
+
+
 def test_more_parts_than_a_graph_has(step: Step) -> None:
     with pytest.raises(BackendError, match="has too many parts"):
         check(step, field(8, b"") * (MAX_NODES + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -274,3 +275,17 @@ def test_being_killed_leaves_nothing_under_the_name(tmp_path: Path, exists: bool
     assert done.returncode == -signal.SIGKILL
     assert path.exists() == exists
     assert not exists or path.read_bytes() == b"precious"
+
+
+def test_a_link_that_leads_nowhere_names_where_it_leads(tmp_path: Path) -> None:
+    link = tmp_path / "x.state"
+    link.symlink_to("gone/real.state")
+    message = re.escape(f"{link}: the folder that this link leads to does not exist (found {tmp_path / 'gone'})")
+    with pytest.raises(OutputError, match=message):
+        check_output(link, overwrite=True)
+    (tmp_path / "gone").write_bytes(b"")
+    with pytest.raises(OutputError, match="the folder that this link leads to is a file"):
+        check_output(link, overwrite=True)
+    (tmp_path / "gone").unlink()
+    (tmp_path / "gone").mkdir()
+    check_output(link, overwrite=True)
