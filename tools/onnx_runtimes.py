@@ -40,6 +40,7 @@ from goslet.session import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVERS = Path(__file__).with_name("onnx_drivers.py")
+NODE_DRIVER = Path(__file__).with_name("onnx_driver.mjs")
 REPORT = ROOT / "tools" / "reports" / "onnx-runtimes.json"
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_embd": 128, "head_size": 32, "vocab_size": 300}
 RANKS: dict[str, Any] = {"rank_w": 16, "rank_a": 32, "rank_v": 16, "rank_g": 48}
@@ -60,8 +61,8 @@ class Runtime:
     Attributes:
         name: as people call it.
         version: its version.
-        driver: the function of tools/onnx_drivers.py.
-        packages: what is installed for it.
+        driver: the function of tools/onnx_drivers.py; or an npm package, which tools/onnx_driver.mjs runs in Node.
+        packages: what is installed for it, from PyPI or npm.
         flags: what it needs for float32's numbers, in the driver's words.
         needs: a program that must be here.
     """
@@ -73,11 +74,24 @@ class Runtime:
     flags: tuple[str, ...] = ()
     needs: str | None = None
 
+    @property
+    def in_node(self) -> bool:
+        """Whether it is JavaScript's."""
+        return self.needs == "node"
+
 
 RUNTIMES = (
     Runtime("ONNX Runtime", "1.32.0", "onnxruntime", ("onnxruntime==1.32.0",)
             , ("session.disable_quant_qdq=1",)),
     Runtime("ONNX Runtime", "1.23.2", "onnxruntime", ("onnxruntime==1.23.2",), ("session.disable_quant_qdq=1",)),
+    Runtime(
+        "ONNX Runtime Web (wasm, in Node)",
+        "1.30.0",
+        "onnxruntime-web",
+        ("onnxruntime-web@1.30.0",),
+        ("disable_quant_qdq=1",),
+        needs="node",
+    ),
     Runtime("onnx ReferenceEvaluator", "1.23.2", "reference", ("onnx==1.23.2",)),
     Runtime(
         "OpenVINO",
@@ -127,20 +141,33 @@ def write_task(engine: Path, tokens: np.ndarray, path: Path) -> None:
         end = {f"state_out.{name}": view[None] for name, view in session.state.front.items()}
         task: dict[str, Any] = {"tokens": tokens, "logits": logits, **begin, **end}
         np.savez(path, **task)
+    as_lists = {name: {"shape": array.shape, "values": array.reshape(-1).tolist()} for name, array in task.items()}
+    path.with_suffix(".json").write_text(json.dumps(as_lists))
 
 
 def run_driver(
     python: str | Path, driver: str, model: Path, task: Path, flags: tuple[str, ...] = (), limit_s: float = RUN_LIMIT_S
 ) -> dict[str, Any]:
-    """What one runtime makes of one model.
+    """What one of tools/onnx_drivers.py makes of one model.
 
     Returns:
-        What tools/onnx_drivers.py prints, or ``said``: the last line of why it does not.
+        What it prints, or ``said``: the last line of why it does not.
     """
-    words = [str(python), str(DRIVERS), driver, str(model), str(task), *flags]
+    return _answer([str(python), str(DRIVERS), driver, str(model), str(task), *flags], limit_s)
+
+
+def run_in_node(folder: Path, package: str, model: Path, task: Path, flags: tuple[str, ...] = ()) -> dict[str, Any]:
+    """As `run_driver`, by an npm package that is installed in a folder."""
+    words = ["node", str(NODE_DRIVER), package, str(model), str(task.with_suffix(".json")), *flags]
+    return _answer(words, RUN_LIMIT_S, folder)
+
+
+def _answer(words: list[str], limit_s: float, folder: Path | None = None) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s, env=environment, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=limit_s, env=environment, check=False, cwd=folder
+        )
     except subprocess.TimeoutExpired:
         return {"said": f"no answer within {limit_s:.0f} s"}
     if done.returncode == 0:
@@ -154,7 +181,8 @@ def run_driver(
 def _last_words(stderr: str) -> str:
     """The last line that speaks of an error, without folders of this machine."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line and "CalledProcessError" not in line]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|NotImplemented): ", line)]
+    errors = [line for line in raised or lines if "rror" in line and "CalledProcessError" not in line]
     return re.sub(r"(?:/[\w.+-]+)+/", "", (errors or lines or ["no answer"])[-1])[:200]
 
 
@@ -165,14 +193,13 @@ def is_right(found: dict[str, Any]) -> bool:
     )
 
 
-def attempts(runtime: Runtime, python: Path, folder: Path, quant: str, form: str) -> list[dict[str, Any]]:
+def attempts(runtime: Runtime, place: Path, folder: Path, quant: str, form: str) -> list[dict[str, Any]]:
     """The ways in which a model was tried, until one was right."""
     tried: list[dict[str, Any]] = []
     for flags in ((), runtime.flags) if runtime.flags else ((),):
         for batch in BATCHES:
-            found = run_driver(
-                python, runtime.driver, folder / model_name(quant, form, batch), folder / f"{quant}.npz", flags
-            )
+            run = run_in_node if runtime.in_node else run_driver
+            found = run(place, runtime.driver, folder / model_name(quant, form, batch), folder / f"{quant}.npz", flags)
             tried.append({"batch": batch, "flags": list(flags), "right": is_right(found), **found})
             if tried[-1]["right"]:
                 return tried
@@ -188,19 +215,22 @@ def measure(runtime: Runtime, folder: Path) -> dict[str, Any]:
         return {**entry, "not_run": f"needs {runtime.needs}, which is not here"}
     environment = folder / f"{runtime.driver}-{runtime.version}"
     python = environment / "bin" / "python"
+    steps: list[list[str | Path]]
+    if runtime.in_node:
+        environment.mkdir()
+        steps = [["npm", "install", "--prefix", environment, "--no-audit", "--no-fund", *runtime.packages]]
+    else:
+        pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        steps = [[sys.executable, "-m", "venv", environment], [*pip, NUMPY, *runtime.packages]]
     try:
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True, capture_output=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", NUMPY, *runtime.packages],
-            check=True,
-            capture_output=True,
-            timeout=INSTALL_LIMIT_S,
-        )
+        for step in steps:
+            subprocess.run(step, check=True, capture_output=True, timeout=INSTALL_LIMIT_S)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         lines = (error.stderr or b"").decode(errors="replace").strip().splitlines()
         return {**entry, "not_run": f"cannot be installed: {lines[-1] if lines else 'no answer'}"}
+    place = environment if runtime.in_node else python
     entry["models"] = {
-        f"{form} {quant}": attempts(runtime, python, folder, quant, form) for form in FORMS for quant in QUANTS
+        f"{form} {quant}": attempts(runtime, place, folder, quant, form) for form in FORMS for quant in QUANTS
     }
     shutil.rmtree(environment)
     return entry
@@ -211,7 +241,8 @@ def table(report: dict[str, Any]) -> str:
     columns = [f"{form} {quant}" for form in FORMS for quant in QUANTS]
     lines = [
         f"RWKV-7, {report['shape']['n_layer']} layers of {report['shape']['n_embd']}, {N_TOKENS} tokens; the largest "
-        "error of logits or state as a part of its range, against the engine's graph in float32. Made by "
+        "error of logits or state as a part of its range, against the engine's graph in float32. Up to "
+        f"{RIGHT:g} the order of sums explains in this random model; more is called wrong. Made by "
         "`tools/onnx_runtimes.py`.",
         "",
         f"| runtime | version | {' | '.join(columns)} | needs for it |",
