@@ -25,6 +25,8 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
 )
 _BLOCK = re.compile(r"(?:^|(?<=\.))blocks\.\d+\.", re.ASCII)
+# What transformers' own RWKV-7 puts before RWKV's names.
+_NATIVE = "rwkv7."
 _SHOWN = 60
 
 
@@ -92,7 +94,8 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
         say.
 
     Raises:
-        CheckpointError: there are several models, each with a prefix of its own, or two names become one.
+        CheckpointError: there are several models, each with a prefix of its own, two names become one, or it is one
+            file out of a folder of transformers'.
     """
     bare = {name: _WRAPPERS.sub("", name) for name in tensors}
     prefixes = {name[: found.start()] for name in bare.values() if (found := _BLOCK.search(name))}
@@ -104,6 +107,12 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
             remedy="save the tensors of one of them alone",
         )
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if prefix == _NATIVE and (path.parent / "config.json").is_file():
+        raise CheckpointError(
+            "is a single file of a Hugging Face folder, whose config.json says how its numbers are meant",
+            file=path,
+            remedy=f"give the folder {path.parent}",
+        )
     renamed: dict[str, T] = {}
     for name, tensor in tensors.items():
         own = bare[name].removeprefix(prefix)

@@ -138,3 +138,13 @@ def test_names_of_adapters() -> None:
         "blocks.0.attention.key.weight",
         "head.weight",
     }
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_file_out_of_a_folder_of_transformers_is_not_read_without_its_config(
+    ending: str, tensors: Tensors, plain_id: str, tmp_path: Path
+) -> None:
+    save({f"rwkv7.{name}": tensor for name, tensor in tensors.items()}, tmp_path / f"model.{ending}")
+    assert model_id(tmp_path / f"model.{ending}") == plain_id
+    (tmp_path / "config.json").write_text("{}")
+    assert f"give the folder {tmp_path}" in str(refusal(tmp_path / f"model.{ending}"))
