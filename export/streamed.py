@@ -47,17 +47,6 @@ class StreamedModel:
     model: ModelProto
     weights: dict[str, Callable[[], bytes]]
 
-    @classmethod
-    def of(cls, model: ModelProto) -> StreamedModel:
-        """A model that holds its weights as raw data, which are taken out of it: they are in memory once."""
-        weights: dict[str, Callable[[], bytes]] = {}
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) > SMALL_BYTES:
-                data = tensor.raw_data
-                tensor.ClearField("raw_data")
-                weights[tensor.name] = lambda data=data: data  # type: ignore[misc]
-        return cls(model, weights)
-
     @property
     def size_bytes(self) -> int:
         """How many bytes the weights take."""
