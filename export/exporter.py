@@ -40,7 +40,7 @@ from .calibration_text import CALIBRATION_TOKENS
 from .checkpoint import Checkpoint, open_checkpoint
 from .compensate import Compensation, compensate
 from .gptq import quantize_matrix
-from .graph import OPSET, check_graph, trace_step
+from .graph import OPSET, trace_step
 from .models.tensors import TensorRule
 from .onnxfile import FORMS, ONNXRUNTIME, PORTABLE, write_onnx
 from .quantize import GPTQ, MENU, RTN, Recipe, budget_recipe, check_budget, recipe
@@ -48,6 +48,7 @@ from .residuals import add_to_graph, add_to_program
 from .sensitivity import losses, output_sensitivities
 from .streamed import MAX_FILE_BYTES, check_name, data_path
 from .tuned_state import read_tuned_state, state_matrices
+from .valid_onnx import check_graph
 
 Progress = Callable[[str, int, int], None]
 # What stands for a vocabulary without being a path.

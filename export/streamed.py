@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto
 
 from ..errors import OutputError
 from ..output import atomic_write, output_error
-from .graph import check_graph
+from .valid_onnx import check_graph
 
 # Protocol buffers, and so ONNX files, end at 2 GiB.
 MAX_FILE_BYTES = (1 << 31) - (1 << 20)

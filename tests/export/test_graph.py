@@ -15,9 +15,10 @@ from random_checkpoint import random_rwkv7, save  # noqa: E402
 
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
-from goslet.export.graph import OPSET, check_graph  # noqa: E402
+from goslet.export.graph import OPSET  # noqa: E402
 from goslet.export.models import rwkv7, version_named  # noqa: E402
 from goslet.export.models.blocks import EagerOps  # noqa: E402
+from goslet.export.valid_onnx import check_graph  # noqa: E402
 from goslet.spec import EMBEDDING  # noqa: E402
 from goslet.weights import decode  # noqa: E402
 

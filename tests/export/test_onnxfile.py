@@ -26,9 +26,9 @@ from goslet.chat import BUILT_IN  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import OutputError  # noqa: E402
 from goslet.export import export_engine, streamed  # noqa: E402
-from goslet.export.graph import check_graph  # noqa: E402
 from goslet.export.onnxfile import self_contained, write_onnx  # noqa: E402
 from goslet.export.streamed import StreamedModel, check_written, write_streamed  # noqa: E402
+from goslet.export.valid_onnx import check_graph  # noqa: E402
 
 from .test_compensate import with_random_residuals  # noqa: E402
 
