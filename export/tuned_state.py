@@ -42,7 +42,7 @@ def read_tuned_state(
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("is no file", file=path, remedy="check the path")
-    tensors, notes = load_beside(path)
+    tensors, notes, _ = load_beside(path)
     matrices = state_matrices({name: FloatTensor(tensor) for name, tensor in tensors.items()}, spec, path)
     if note is not None:
         for said in notes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class AdapterConfig:
         rank: r of modules that `rank_pattern` does not name.
         alpha: lora_alpha of those that `alpha_pattern` does not name; None for other kinds than LoRA.
         rank_stabilized: whether a LoRA is scaled by alpha / sqrt(r) instead of alpha / r.
-        rank_pattern: ranks by the end of a module's name.
+        rank_pattern: ranks by the end of a module's name, as the trained model had it; the first that fits counts.
         alpha_pattern: alphas likewise.
         dora: whether magnitudes belong to it.
         beginning: how the training of its matrices began; of MiSS ``bat`` and ``mini`` are forms.
@@ -143,6 +143,10 @@ class AdapterConfig:
     def scale(self, module: str, rank: int) -> float:
         """What a module's product is multiplied by.
 
+        Args:
+            module: its name in the model that was trained.
+            rank: that of its matrices.
+
         Raises:
             CheckpointError: its matrices have another rank than it says.
         """
@@ -160,13 +164,23 @@ class AdapterConfig:
         alpha: float = _matched(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
+    def without_module(self, modules: Collection[str]) -> list[str]:
+        """The patterns that fit none of these modules, each behind its key."""
+        return [
+            f"{key} {name}"
+            for key, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for name in pattern
+            if not any(_fits(name, module) for module in modules)
+        ]
+
 
 def _matched(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    for key, value in pattern.items():
-        name = key.removeprefix("^")
-        if module == name or (key == name and module.endswith("." + name)):
-            return value
-    return otherwise
+    return next((value for name, value in pattern.items() if _fits(name, module)), otherwise)
+
+
+def _fits(name: str, module: str) -> bool:
+    """Whether a pattern names a module: all of its name, or what is behind one of its dots (peft's utils/other.py)."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{name})", module) is not None
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

@@ -163,7 +163,7 @@ class _Merger:
                 self._check_product(module, *taken[module], adapter.init_path)
         self._check_beginning(pairs, taken)
         for module, (down, up) in pairs.items():
-            scale = self._scale(module, down)
+            scale = self._scale(down)
             products = [Product(up.tensor, down.tensor, scale)]
             if module in taken:
                 before_down, before_up = taken[module]
@@ -191,12 +191,12 @@ class _Merger:
         if up.tensor.shape[0] != n_out:
             raise self._misfit(up, [n_out, rank], file)
 
-    def _scale(self, module: str, down: Part) -> float:
+    def _scale(self, down: Part) -> float:
         adapter, rank = self._adapter, down.tensor.shape[0]
         if adapter.took_out_plainly:
             return 1.0
         if adapter.config is not None:
-            return adapter.config.scale(module, rank)
+            return adapter.config.scale(down.module, rank)
         if adapter.alpha is None:
             raise InputError(
                 "is needed to merge a LoRA, whose file does not say it",
@@ -244,9 +244,9 @@ class _Merger:
             if not taken:
                 plain.append(found)
                 if config is not None or adapter.alpha is not None:
-                    scaled.append(found.times(self._scale(module, down)))
+                    scaled.append(found.times(self._scale(down)))
                 continue
-            share = (found if unscaled else found.times(self._scale(module, pairs[module][0]))).share
+            share = (found if unscaled else found.times(self._scale(pairs[module][0]))).share
             fits = abs(share - 1) <= SHARE_TOLERANCE  # which a NaN does not
             if not fits and not (config is not None and config.beginning == "lora_ga"):
                 raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, TensorValueError
-from ..readers.beside import load_beside
+from ..readers.beside import Beside, load_beside
 from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 
 # In the order in which PEFT looks for them.
@@ -35,6 +35,8 @@ _PARTS = {
 }
 _PART = re.compile(rf"(.+)\.({'|'.join(_PARTS)})(?:\.(?!weight$)([\w-]+))?(?:\.weight)?", re.ASCII)
 _WRAPPED = re.compile(r"\.(?:modules_to_save\.[\w-]+|base_layer)(?=\.)", re.ASCII)
+# Wrappers that training puts around modules after PEFT has found them; others were there before, and PEFT saw them.
+_WRAPPED_LATER = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII)
 _QUANTIZED = re.compile(
     r".+\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\S+|SCB|weight_format|qweight|qzeros|scales)",
     re.ASCII,
@@ -48,10 +50,13 @@ class Part:
     Attributes:
         name: its name, as the file has it behind all prefixes.
         tensor: float32, finite.
+        module: of a part of a module's change, the module's name in the model that was trained, which
+            ``adapter_config.json`` goes by.
     """
 
     name: str
     tensor: Tensor
+    module: str = ""
 
 
 Modules = Mapping[str, Mapping[str, Part]]
@@ -116,8 +121,9 @@ def read_adapter(
     path = Path(path)
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise InputError("is not a positive number", place="alpha", found=alpha)
-    config, tensors, notes = _load(path)
-    modules, whole = _sorted_out(tensors, path)
+    config, beside = _load(path)
+    notes = beside.notes
+    modules, whole = _sorted_out(beside, path)
     if any("init_A" in parts or "init_B" in parts for parts in modules.values()):
         raise CheckpointError(
             "is what PiSSA took out of the model when training began, not what was trained",
@@ -129,6 +135,14 @@ def read_adapter(
     low_rank = any(_is_low_rank(parts) for parts in modules.values())
     if not modules:
         config = None  # of whole tensors and states it says nothing
+    if config is not None:
+        trained = {part.module for parts in modules.values() for part in parts.values()}
+        unused = config.without_module(trained)
+        if unused:
+            notes += (
+                f"{config.path.name}: {', '.join(unused)[:200]}: of no use, as this adapter changes no module of that "
+                f"name; the names of those that it changes are such as {min(trained)[:100]}",
+            )
     adapter = Adapter(path, alpha, config, modules, whole, notes=notes)
     _check_kind(adapter)
     if init is not None:
@@ -160,7 +174,7 @@ def _is_low_rank(parts: Mapping[str, Part]) -> bool:
     return any(part in parts for part in ("lora_A", "lora_B", "embedding_A", "embedding_B"))
 
 
-def _load(path: Path) -> tuple[AdapterConfig | None, dict[str, Tensor], tuple[str, ...]]:
+def _load(path: Path) -> tuple[AdapterConfig | None, Beside]:
     """An adapter's config, where there is one, and its tensors."""
     config: AdapterConfig | None
     if path.is_dir():
@@ -179,7 +193,8 @@ def _load(path: Path) -> tuple[AdapterConfig | None, dict[str, Tensor], tuple[st
         config = read_adapter_config(beside) if beside.is_file() else None
     else:
         raise CheckpointError("is no file", file=path, remedy="check the path")
-    tensors, notes = load_beside(file)
+    beside_model = load_beside(file)
+    tensors = beside_model.tensors
     if not tensors:
         raise CheckpointError("holds no tensor", file=path, expected="an adapter")
     for name, tensor in tensors.items():
@@ -194,26 +209,28 @@ def _load(path: Path) -> tuple[AdapterConfig | None, dict[str, Tensor], tuple[st
             )
         if not tensor.dtype.is_floating_point or not torch.isfinite(tensor.float()).all():
             raise TensorValueError("is not finite numbers", file=file, place=name[:100], found=str(tensor.dtype))
-    return config, {name: tensor.detach().float() for name, tensor in tensors.items()}, notes
+    return config, beside_model._replace(tensors={name: tensor.detach().float() for name, tensor in tensors.items()})
 
 
-def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Part]], dict[str, Part]]:
+def _sorted_out(beside: Beside, path: Path) -> tuple[dict[str, dict[str, Part]], dict[str, Part]]:
     """The changes of modules, and the tensors that are whole."""
     modules: dict[str, dict[str, Part]] = {}
     whole: dict[str, Part] = {}
     adapters = set()
-    for name, tensor in tensors.items():
+    for name, tensor in beside.tensors.items():
         found = _PART.fullmatch(name)
         if found is None:
             whole[_WRAPPED.sub("", name)] = Part(name, tensor)
             continue
-        parts, part = modules.setdefault(_WRAPPED.sub("", found[1] + ".")[:-1], {}), _PARTS[found[2]]
+        parts, part = modules.setdefault(_module(found[1]), {}), _PARTS[found[2]]
         adapters.add(found[3])
         if part in parts and len(adapters) == 1:
             raise CheckpointError(
                 "two tensors stand for one", file=path, place=name[:100], found=parts[part].name[:100]
             )
-        parts[part] = Part(name, tensor)
+        long_name = _WRAPPED_LATER.sub("", beside.long_names[name])
+        # Wrappers may stand before the name of the part, but never within it.
+        parts[part] = Part(name, tensor, _module(long_name.removesuffix(name[found.end(1) :])))
     if len(adapters) > 1:
         raise CheckpointError(
             "holds several adapters",
@@ -225,8 +242,14 @@ def _sorted_out(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, di
         if "embedding_A" in parts and "embedding_B" in parts:
             # PEFT holds those of an embedding [tokens, width] the other way round, as its transpose's.
             first, second = parts.pop("embedding_A"), parts.pop("embedding_B")
-            parts["lora_A"], parts["lora_B"] = Part(second.name, second.tensor.T), Part(first.name, first.tensor.T)
+            parts["lora_A"] = Part(second.name, second.tensor.T, second.module)
+            parts["lora_B"] = Part(first.name, first.tensor.T, first.module)
     return modules, whole
+
+
+def _module(name: str) -> str:
+    """A module's own name, without what PEFT puts around modules."""
+    return _WRAPPED.sub("", f"{name}.")[:-1]
 
 
 def _check_kind(adapter: Adapter) -> None:
@@ -254,8 +277,8 @@ def _with_init(adapter: Adapter, path: Path, low_rank: bool) -> Adapter:
             place="adapter_init",
             remedy="leave it out",
         )
-    config, tensors, notes = _load(path)
-    modules, _ = _sorted_out(tensors, path)
+    config, beside = _load(path)
+    modules, _ = _sorted_out(beside, path)
     same = all(
         part in modules.get(module, {}) and torch.equal(modules[module][part].tensor, trained.tensor)
         for module, parts in adapter.modules.items()
@@ -289,5 +312,5 @@ def _with_init(adapter: Adapter, path: Path, low_rank: bool) -> Adapter:
         adapter.whole,
         init=modules,
         init_path=path,
-        notes=adapter.notes + notes,
+        notes=adapter.notes + beside.notes,
     )

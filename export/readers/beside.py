@@ -9,7 +9,9 @@ that is a guess it is said.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +27,22 @@ _WEB_RWKV_LORA = {".lora.0": ".lora_A", ".lora.1": ".lora_B"}
 _PEFT_PREFIX = "base_model.model."
 
 
-def load_beside(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of an adapter or a tuned state, without what wrappers put into their names.
+class Beside(NamedTuple):
+    """What such a file holds.
 
-    Returns:
-        the tensors as trainers save them, by name, and what there is to say about how the file was read.
+    Attributes:
+        tensors: as trainers save them, by their names without what wrappers put into these.
+        notes: what there is to say about how the file was read, a sentence each.
+        long_names: the same tensors' names as PEFT knew them: all that stands behind the prefix of its own.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+    long_names: Mapping[str, str]
+
+
+def load_beside(path: Path) -> Beside:
+    """The tensors of an adapter or a tuned state.
 
     Raises:
         CheckpointError: it cannot be read, is no file of tensors, or two names in it become one.
@@ -46,12 +59,11 @@ def load_beside(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             remedy="give the file that the trainer saved",
         )
     tensors, notes = load_pth_level(path) if kind == "pth" else (load_safetensors(path), ())
-    tensors, more = own_names(_without_peft_prefix(tensors, path), path)
-    notes += more
     if kind == "safetensors":
-        tensors, more = _as_trained(tensors, path)
-        notes += more
-    return tensors, notes
+        tensors, notes = _as_trained(tensors, path)
+    tensors = _without_peft_prefix(tensors, path)
+    long_names, more = own_names({name: name for name in tensors}, path)
+    return Beside({own: tensors[name] for own, name in long_names.items()}, notes + more, long_names)
 
 
 def _without_peft_prefix(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

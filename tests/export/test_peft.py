@@ -113,6 +113,56 @@ def test_patterns_give_modules_ranks_and_alphas_of_their_own(tmp_path: Path) -> 
         key(tmp_path, put(tmp_path / "a", lora(), {**CONFIG, "alpha_pattern": {r".*\.(key|value)": 6}}))
 
 
+# What a file has before a module's name, that name in RWKV's own words, and what PEFT took it for.
+LONG_NAMES = [
+    ("base_model.model.", "7", KEY, KEY),
+    ("", "7", KEY, KEY),
+    ("base_model.model.model.", "7", KEY, f"model.{KEY}"),
+    ("base_model.model.rwkv.", "7", KEY, f"rwkv.{KEY}"),
+    ("base_model.model.rwkv7.", "7", KEY, f"rwkv7.{KEY}"),
+    ("base_model.model._orig_mod.", "7", KEY, f"_orig_mod.{KEY}"),
+    ("base_model.model._orig_mod.model.", "7", KEY, f"_orig_mod.model.{KEY}"),
+    ("_orig_mod.base_model.model.", "7", KEY, KEY),
+    ("_forward_module.model.base_model.model.", "7", KEY, KEY),
+    ("_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.rwkv.", "7", KEY, f"rwkv.{KEY}"),
+    ("base_model.model.", "7", "model.layers.1.ffn.key", "model.layers.1.ffn.key"),
+    ("base_model.model.", "4", "rwkv.blocks.1.feed_forward.key", "rwkv.blocks.1.feed_forward.key"),
+]
+
+
+@pytest.mark.parametrize(("prefix", "version", "written", "module"), LONG_NAMES)
+def test_patterns_go_by_the_names_of_the_trained_model(
+    prefix: str, version: str, written: str, module: str, tmp_path: Path
+) -> None:
+    """Whatever of a name is not the model's own for us was part of it for PEFT."""
+    base = MODELS[version][KEY + ".weight"].float()
+
+    def scale(**config: Any) -> tuple[float, str]:
+        adapter = read_adapter(put(tmp_path / "a", lora(prefix + written), {**CONFIG, **config}), None)
+        assert adapter is not None
+        change = merged(tmp_path, adapter, MODELS[version])[KEY + ".weight"] - base
+        return round(float((change * PRODUCT).sum() / PRODUCT.square().sum()), 3), " ".join(adapter.notes)
+
+    ends = [".".join(module.split(".")[start:]) for start in range(module.count(".") + 1)]
+    for pattern in (*ends, f"^{module}"):
+        found, notes = scale(alpha_pattern={pattern: 32}, r=64, rank_pattern={pattern: RANK})
+        assert found == 32 / RANK and "of no use" not in notes, pattern
+        found, _ = scale(alpha_pattern={pattern: 32}, use_rslora=True)
+        assert found == 32 / math.sqrt(RANK), pattern
+    for pattern in (f"x.{module}", f"{module}.x", module[1:], *(f"^{end}" for end in ends[1:])):
+        found, notes = scale(alpha_pattern={pattern: 32, "key": 6})
+        assert found == 6 / RANK, pattern
+        assert f"alpha_pattern {pattern}: of no use" in notes and module in notes
+    with pytest.raises(CheckpointError, match=f"found 64 for {module}"):
+        scale(r=64, rank_pattern={f"x.{module}": RANK})
+
+
+def test_the_first_pattern_that_fits_counts(tmp_path: Path) -> None:
+    for first, second in (("key", "ffn.key"), ("ffn.key", "key"), ("^blocks.1.ffn.key", "key")):
+        told = {**CONFIG, "r": 64, "rank_pattern": {first: RANK, second: 8}, "alpha_pattern": {first: 6, second: 99}}
+        assert_scaled(key(tmp_path, put(tmp_path / "a", lora(), told)), 6 / RANK)
+
+
 def test_dora_is_scaled_to_its_magnitudes_along_the_axis_of_its_trainer(tmp_path: Path) -> None:
     """PEFT's has a magnitude for each row, that of RWKV-LM-RLHF one for each column."""
     changed = SEVEN[KEY + ".weight"].float() + ALPHA / RANK * PRODUCT
