@@ -238,6 +238,26 @@ def check_config(config: Config, family: Family, shapes: Shapes, file: Path) -> 
     return (f"{file.name} says things that goslet does not know and takes to change no numbers: {names}{more}",)
 
 
+def check_eps(config: Config, eps: float, file: Path) -> None:
+    """Hold every eps of a config.json to the one that the file of weights says itself, as a GGUF does.
+
+    Raises:
+        CheckpointError: a key says another one.
+    """
+    for key, value in config.items():
+        if value is None or not _OF_AN_EPS.search(key):
+            continue
+        if not math.isclose(positive(config, key, eps, file), eps, rel_tol=1e-6):
+            raise CheckpointError(
+                "says another eps than the file of weights beside it",
+                file=file,
+                place=key[:_SHOWN_CHARACTERS],
+                expected=f"{eps:g}",
+                found=str(value)[:_SHOWN_CHARACTERS],
+                remedy="one of the two is of another model: download both again, or give the file of weights itself",
+            )
+
+
 def _must_be(value: Any, fixed: Fixed, key: str, file: Path) -> None:
     # A flag is no number here, though Python takes True for 1.
     if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in fixed.values):

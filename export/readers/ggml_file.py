@@ -90,7 +90,7 @@ def read_ggml(path: Path) -> StoredModel:
     content = np.memmap(path, np.uint8, "r")
     if content.size < _HEADER.size:
         raise _cut_off(path, "the header", _HEADER.size, content.size)
-    _, version, n_vocab, n_embd, _, _ = _HEADER.unpack(content[: _HEADER.size].tobytes())
+    _, version, n_vocab, n_embd, n_layers, _ = _HEADER.unpack(content[: _HEADER.size].tobytes())
     if version not in (_OLD_VERSION, _VERSION):
         raise CheckpointError(
             "is of a version of the ggml format that is not rwkv.cpp's",
@@ -113,6 +113,16 @@ def read_ggml(path: Path) -> StoredModel:
             place="emb.weight",
             expected=[n_vocab, n_embd],
             found=list(embedding.shape),
+        )
+    layers = {name.split(".")[1] for name in raw if name.startswith("blocks.")}
+    if len(layers) != n_layers:
+        raise CheckpointError(
+            "has another number of layers than its header says",
+            file=path,
+            place="bytes 16 to 20",
+            expected=n_layers,
+            found=len(layers),
+            remedy="the file is incomplete or damaged: download it again, or convert the .pth again",
         )
     own: dict[str, StoredTensor] = {}
     convert = _converter(raw, n_embd)

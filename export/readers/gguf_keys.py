@@ -158,8 +158,8 @@ def settings(values: Mapping[str, Any], architecture: str, head_size: int, shape
     folder_eps = head_size * (LAYER_NORM_EPS if eps is None else eps)
     if not math.isclose(folder_eps, _GROUP_NORM_EPS, rel_tol=1e-6):
         notes.append(
-            f"GGUF does not say the eps of the norm by head: it is {_GROUP_NORM_EPS:g}, as in llama.cpp, and a folder "
-            f"of the same model may mean {folder_eps:g}; --norm-eps sets it"
+            f"GGUF does not say the eps of the norm by head: where no config.json does, it is {_GROUP_NORM_EPS:g}, "
+            f"as in llama.cpp, and a folder of the same model may mean {folder_eps:g}; --norm-eps sets it"
         )
     return GgufSettings(eps, tuple(notes))
 

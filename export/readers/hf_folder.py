@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MissingTensorError
 from ..models.tensors import LAYER_NORM_EPS
-from .configs import FLA6, FLA7, NATIVE7, OLD, Family, check_config, flag, positive
+from .configs import FLA6, FLA7, NATIVE7, OLD, Family, check_config, check_eps, flag, positive
 from .fla_names import Named, from_fla6, from_fla7, is_fla, is_fla7
+from .kinds import kind_of
 from .rwkv_file import load_pth, load_safetensors
 from .stored import FloatTensor, StoredModel, StoredTensor, Zeros
+from .webrwkv import undone
 from .wrapped import own_names
 
 CONFIG = "config.json"
@@ -71,7 +73,7 @@ def read_folder(path: Path, read_file: Callable[[Path], StoredModel]) -> StoredM
         model = _of_one_file(path, weights or _only_file(path, kind), read_file)
         model = replace(model, tokenizer=vocabulary or model.tokenizer)
         return _by_config(model, dict(model.tensors), _own_family(model.tensors), config, file) if config else model
-    raw = _load(weights)
+    raw, in_safetensors = _load(weights)
     notes = [f"{weights.name} is read, as transformers does, and not {', '.join(ignored)} beside it"] if ignored else []
     family, renamed = _family(raw)
     if family is None:
@@ -83,9 +85,13 @@ def read_folder(path: Path, read_file: Callable[[Path], StoredModel]) -> StoredM
             # A hybrid, say: its tensors tell what it is.
             return StoredModel("hf", {name: FloatTensor(tensor) for name, tensor in raw.items()})
         family = _own_family(raw)
+    held: Tensors = {name: FloatTensor(tensor) for name, tensor in raw.items()}
+    if renamed is _as_it_is and in_safetensors:
+        held, more = undone(held, weights)
+        notes += more
     tensors: Tensors = {}
-    for name, tensor in raw.items():
-        for own_name, stored in renamed(name, FloatTensor(tensor)):
+    for name, tensor in held.items():
+        for own_name, stored in renamed(name, tensor):
             if own_name in tensors:
                 raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own_name)
             tensors[own_name] = stored
@@ -121,8 +127,14 @@ def _by_config(
             remedy="download the whole folder; a model without a head, as base classes save it, predicts nothing",
         )
     first_norm = _norms(tensors, family, config, file)
+    if model.layer_norm_eps is not None:
+        check_eps(config, model.layer_norm_eps, file)
     notes += check_config(config, family, {name: tensor.shape for name, tensor in tensors.items()}, file)
-    norm_eps, layer_norm_eps = _eps(tensors, family, config, file)
+    norm_eps, layer_norm_eps = model.norm_eps, model.layer_norm_eps
+    # What a file says of its own numbers is not changed by what a config leaves out.
+    if layer_norm_eps is None or config.get(family.eps or "head_size_divisor") is not None:
+        norm_eps, said = _eps(tensors, family, config, file)
+        layer_norm_eps = said if layer_norm_eps is None else layer_norm_eps
     if norm_eps not in (None, _OWN_NORM_EPS):
         notes.append(
             f"the group norm's eps is {norm_eps:g}, as {family.library} computes it from {CONFIG}; RWKV's own code has "
@@ -314,7 +326,8 @@ def _only_file(path: Path, kind: str) -> Path:
     )
 
 
-def _load(weights: Path) -> dict[str, Tensor]:
+def _load(weights: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a file or of an index, and whether they lie in safetensors, as web-rwkv's converter writes."""
     if not weights.name.endswith(_INDEX):
         return _load_file(weights)
     path = weights.parent
@@ -322,6 +335,7 @@ def _load(weights: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError("has no map of weights", file=weights, place="weight_map")
     tensors: dict[str, Tensor] = {}
+    in_safetensors = False
     for file_name in sorted(set(places.values())):
         if Path(file_name).name != file_name:
             raise CheckpointError("names a file elsewhere", file=weights, found=file_name[:100])
@@ -329,7 +343,8 @@ def _load(weights: Path) -> dict[str, Tensor]:
             raise MissingTensorError(
                 "a file of weights is missing", file=weights, place=file_name, remedy="download the whole folder"
             )
-        content = _load_file(path / file_name)
+        content, safe = _load_file(path / file_name)
+        in_safetensors = in_safetensors or safe
         for name, tensor in content.items():
             if places.get(name) != file_name:
                 raise CheckpointError(
@@ -343,8 +358,10 @@ def _load(weights: Path) -> dict[str, Tensor]:
     for name, file_name in places.items():
         if name not in tensors:
             raise MissingTensorError("a file lacks a tensor of the index", file=path / file_name, place=name[:100])
-    return tensors
+    return tensors, in_safetensors
 
 
-def _load_file(path: Path) -> dict[str, Tensor]:
-    return load_safetensors(path) if path.suffix == ".safetensors" else load_pth(path)
+def _load_file(path: Path) -> tuple[dict[str, Tensor], bool]:
+    if kind_of(path) == "safetensors":
+        return load_safetensors(path), True
+    return load_pth(path), False

@@ -26,6 +26,10 @@ from .wrapped import one_level, own_names
 
 # What trainers keep beside a model, and what only holds values.
 _HARMLESS: list[Any] = [argparse.Namespace]
+_ZIP = b"PK\x03\x04"
+# What torch's unpickler takes grows with the pickle, some hundred bytes of time and memory for each of its own. A
+# tensor needs about 150 of them, so that this is room for 400,000 and for what trainers keep beside.
+_MAX_PICKLE_BYTES = 64 << 20
 
 
 def read_pth(path: Path) -> StoredModel:
@@ -60,8 +64,9 @@ def load_pth(path: Path) -> dict[str, Tensor]:
 
 def load_pth_level(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """As `load_pth`, and what there is to say about the rest of the file."""
+    archive = _is_archive(path)
     # Of a path torch takes the ending for the form, and maps nothing but a path.
-    mapped = zipfile.is_zipfile(path) and path.suffix.lower() != ".safetensors"
+    mapped = archive and path.suffix.lower() != ".safetensors"
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS), path.open("rb") as file:
             warnings.simplefilter("ignore")
@@ -77,21 +82,79 @@ def load_pth_level(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
                 remedy="where you trust who made it, load it with the program that saved it, and save its state_dict "
                 "alone with torch.save, or as .safetensors",
             ) from error
-        raise _unreadable_pth(path, mapped, error) from error
+        raise _unreadable_pth(path, archive, error) from error
     except Exception as error:  # a damaged pickle can fail anywhere in torch
-        raise _unreadable_pth(path, mapped, error) from error
+        raise _unreadable_pth(path, archive, error) from error
     tensors, notes = one_level(content, path)
     for name, tensor in tensors.items():
         _check_plain(name, tensor, path)
     return tensors, notes
 
 
-def _unreadable_pth(path: Path, whole_zip: bool, error: Exception) -> CheckpointError:
+def _is_archive(path: Path) -> bool:
+    """Whether it is a zip archive, whole and of records that hold their bytes as they are.
+
+    torch maps the archive and takes every record's bytes where they lie, whatever packed them.
+
+    Raises:
+        CheckpointError: the directory is damaged, it is an archive of other things, a record is compressed or
+            encrypted, or the pickle is too large.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return False
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # a damaged directory can fail anywhere in zipfile
+        raise _damaged_pth(path, error) from error
+    names = [record.filename for record in records]
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CheckpointError(
+            "is a zip archive of other things, not what torch.save writes",
+            file=path,
+            expected="data.pkl in it",
+            found=", ".join(name[:40] for name in names[:3]),
+            remedy="unpack it, and give the checkpoint inside",
+        )
+    if any("/code/" in name for name in names):
+        raise CheckpointError(
+            "is a TorchScript program, not a checkpoint",
+            file=path,
+            remedy="save its state_dict with torch.save, or as .safetensors",
+        )
+    for record in records:
+        encrypted = record.flag_bits & 1
+        if encrypted or record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            raise CheckpointError(
+                "was packed again by another program than torch, which stores every record as it is",
+                file=path,
+                place=record.filename[:100],
+                expected="a stored record",
+                found="an encrypted one" if encrypted else "a compressed one",
+                remedy="load it with torch.load and save it with torch.save again, or pack it without compression "
+                "(zip -0)",
+            )
+        if record.filename.endswith("data.pkl") and record.file_size > _MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                "has a pickle that is too large for the names of a model's tensors",
+                file=path,
+                place=record.filename[:100],
+                expected=f"at most {_MAX_PICKLE_BYTES} bytes",
+                found=f"{record.file_size} bytes",
+                remedy="save the model's state_dict alone",
+            )
+    return True
+
+
+def _unreadable_pth(path: Path, archive: bool, error: Exception) -> CheckpointError:
     """Why torch failed. A zip archive's directory is at its end: where that is missing, the file was cut off."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     ended = isinstance(error, EOFError) or "EOF" in str(error) or "ran out of input" in str(error).lower()
-    if (zipped and not whole_zip) or (not zipped and ended):
+    if (zipped and not archive) or (not zipped and ended):
         return CheckpointError(
             "is a .pth file that is cut off",
             file=path,
@@ -99,26 +162,10 @@ def _unreadable_pth(path: Path, whole_zip: bool, error: Exception) -> Checkpoint
             found=f"{path.stat().st_size} bytes",
             remedy="check that the download is complete",
         )
-    if whole_zip:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError):
-            names = []
-        if names and not any(name.endswith("data.pkl") for name in names):
-            return CheckpointError(
-                "is a zip archive of other things, not what torch.save writes",
-                file=path,
-                expected="data.pkl in it",
-                found=", ".join(name[:40] for name in names[:3]),
-                remedy="unpack it, and give the checkpoint inside",
-            )
-        if any("/code/" in name for name in names):
-            return CheckpointError(
-                "is a TorchScript program, not a checkpoint",
-                file=path,
-                remedy="save its state_dict with torch.save, or as .safetensors",
-            )
+    return _damaged_pth(path, error)
+
+
+def _damaged_pth(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"is not a readable .pth file: {first_line(error)}",
         file=path,
@@ -180,5 +227,5 @@ def _safetensors_bytes(path: Path) -> int | None:
             header = json.loads(file.read(header_bytes))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return int(8 + header_bytes + max(int(end) for end in ends))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error):
         return None

@@ -68,7 +68,14 @@ def converted(name: str, x: torch.Tensor, tensors: Tensors) -> torch.Tensor:
 
 
 def write(
-    tensors: Tensors, path: Path, *, half: bool = False, quantized: str = "", version: int = 101, extra: bytes = b""
+    tensors: Tensors,
+    path: Path,
+    *,
+    half: bool = False,
+    quantized: str = "",
+    version: int = 101,
+    n_layer: int = 2,
+    extra: bytes = b"",
 ) -> None:
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if "blocks.0.att.k_k" in tensors:
@@ -76,7 +83,7 @@ def write(
             mixes = [tensors.pop(f"blocks.{layer}.att.x_{letter}") for letter in "rwkvag"]
             tensors[f"blocks.{layer}.att.x_rwkvag"] = torch.cat(mixes)
     vocab_size, width = tensors["emb.weight"].shape
-    pieces = [struct.pack("<4s5i", b"fmgg", version, vocab_size, width, 2, TYPES.get(quantized, int(half)))]
+    pieces = [struct.pack("<4s5i", b"fmgg", version, vocab_size, width, n_layer, TYPES.get(quantized, int(half)))]
     for name, tensor in tensors.items():
         x = converted(name, tensor, tensors).contiguous().numpy()
         kind = 0
@@ -153,6 +160,14 @@ def test_what_rwkv_cpp_computes_otherwise_is_said(tmp_path: Path) -> None:
     write(MAKERS["5.2"](), tmp_path / "x.bin")
     with open_checkpoint(tmp_path / "x.bin") as checkpoint:
         assert any("1e-5" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("version", MAKERS)
+@pytest.mark.parametrize("n_layer", [-1, 0, 1, 3])
+def test_a_header_of_another_number_of_layers(n_layer: int, version: str, tmp_path: Path) -> None:
+    """As a file is whose last layers are missing, which holds a smaller model."""
+    write(MAKERS[version](), tmp_path / "x.bin", n_layer=n_layer)
+    assert f"another number of layers than its header says (expected {n_layer}, found 2)" in refusal(tmp_path / "x.bin")
 
 
 def test_files_that_rwkv_cpp_gave_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -427,6 +428,37 @@ def test_the_eps_of_the_layer_norms_is_the_files(seven: Path, tmp_path: Path) ->
     for eps in (0.0, -1e-5, float("nan"), float("inf"), 1):
         error = refused(stated("rwkv7", seven, path, "attention.layer_norm_epsilon", eps))
         assert error.place == "rwkv7.attention.layer_norm_epsilon"
+
+
+@pytest.mark.parametrize("architecture", ["rwkv6", "rwkv7"])
+def test_a_config_beside_changes_no_eps_that_it_does_not_say(
+    architecture: str, six: Path, seven: Path, tmp_path: Path
+) -> None:
+    source = six if architecture == "rwkv6" else seven
+    for eps in (1e-3, 1e-5):
+        stated(architecture, source, tmp_path / "x.gguf", "attention.layer_norm_epsilon", eps)
+        for config in ({}, {"norm_eps": None}, {"norm_eps": 1e-5}, {"layer_norm_epsilon": 1e-5}, {"ln_eps": 1e-5}):
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture, **config}))
+            if eps == 1e-3 and any(config.values()):
+                error = refusal(tmp_path)
+                assert "another eps than the file of weights beside it (expected 0.001, found 1e-05)" in str(error)
+                assert error.place == next(iter(config))
+                continue
+            with open_checkpoint(tmp_path) as checkpoint:
+                assert (checkpoint.spec.layer_norm_eps, checkpoint.spec.norm_eps) == (eps, 64e-5)
+
+
+def test_a_config_beside_may_say_the_head_norms_eps(six: Path, seven: Path, tmp_path: Path) -> None:
+    for source, config, norm_eps in (
+        (seven, {"norm_eps": 1e-3}, 64e-3),
+        (six, {"head_size_divisor": 4}, 16e-5),
+    ):
+        architecture = "rwkv6" if source == six else "rwkv7"
+        eps = config.get("norm_eps", 1e-5)
+        stated(architecture, source, tmp_path / "x.gguf", "attention.layer_norm_epsilon", eps)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": architecture, **config}))
+        with open_checkpoint(tmp_path) as checkpoint:
+            assert (checkpoint.spec.layer_norm_eps, checkpoint.spec.norm_eps) == (eps, norm_eps)
 
 
 def test_the_owner_of_heads_that_are_not_64_is_told_of_the_norms_eps(tmp_path: Path) -> None:

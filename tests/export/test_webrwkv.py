@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,44 @@ def test_a_file_in_rwkvs_own_form_is_left_alone(version: str, dtype: torch.dtype
         assert "give the .pth" in str(refusal(tmp_path / "x.safetensors"))
         return
     assert identity(tmp_path / "x.safetensors") == identity(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("version", MAKERS)
+@pytest.mark.parametrize("form", ["one file", "shards", "a name of its own"])
+def test_in_a_folder_a_converted_file_is_read_or_refused_as_it_is_alone(
+    form: str, version: str, tmp_path: Path
+) -> None:
+    tensors = MAKERS[version](dtype=HALF)
+    save(tensors, tmp_path / "x.pth")
+    held = converted(tensors, version)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    config = {"model_type": "rwkv"}
+    if form == "shards":
+        parts = {name: f"model-{1 + index % 2}.safetensors" for index, name in enumerate(held)}
+        for part in set(parts.values()):
+            save({name: held[name] for name in held if parts[name] == part}, folder / part)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    else:
+        file = "model.safetensors" if form == "one file" else "own.st"
+        save(held, tmp_path / "own.safetensors")
+        (tmp_path / "own.safetensors").rename(folder / file)
+        if file == "own.st":
+            config["transformers_weights"] = file
+    (folder / "config.json").write_text(json.dumps(config))
+    if version.startswith("5.0"):
+        with pytest.raises(CheckpointError, match=r"give the \.pth"), open_checkpoint(folder):
+            pass
+        return
+    assert identity(folder) == identity(tmp_path / "x.pth")
+
+
+def test_in_a_folder_loras_that_may_lie_either_way_are_refused(tmp_path: Path) -> None:
+    square = random_rwkv7(**WIDE, rank_w=32, rank_a=32, rank_v=32, rank_g=32, head_size=8, dtype=HALF)
+    save(converted(square, "7"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv7"}')
+    with pytest.raises(CheckpointError, match=r"give the \.pth"), open_checkpoint(tmp_path):
+        pass
 
 
 def test_a_tuned_state_in_a_converted_file_lies_as_rwkvs_own(tmp_path: Path) -> None:
