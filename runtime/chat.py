@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import HeaderError, InputError
-from .reading import MAX_SETTINGS_BYTES, read_file
+from .reading import MAX_SETTINGS_BYTES, check_unicode, read_file
 from .sampling import DECODING, SamplingOptions
 
 _PLACE = "{}"
@@ -550,10 +550,14 @@ def chat_template(choice: str | os.PathLike[str]) -> ChatTemplate:
             expected=", ".join(BUILT_IN) + " or the path of a JSON file",
         ) from None
     try:
-        return ChatTemplate.from_json(json.loads(data.decode("utf-8")), "template")
+        value = json.loads(data.decode("utf-8"))
+        check_unicode(value, choice, "template")
+        return ChatTemplate.from_json(value, "template")
     except HeaderError as error:
         raise InputError(
             error.problem, file=choice, place=error.place, expected=error.expected, found=error.found
         ) from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"is not JSON: {error}", file=choice) from None

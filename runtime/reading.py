@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import InputError
 from .output import Path
@@ -13,6 +13,7 @@ MAX_PROMPT_BYTES = 64 << 20
 MAX_SETTINGS_BYTES = 1 << 20
 
 _PIECE_BYTES = 1 << 20
+_SHOWN = 100
 
 
 def read_bounded(file: BinaryIO, most_bytes: int, *, name: Path | None = None, place: str | None = None) -> bytes:
@@ -51,3 +52,32 @@ def read_file(path: Path, most_bytes: int) -> bytes:
     """
     with open(path, "rb") as file:
         return read_bounded(file, most_bytes, name=path)
+
+
+def check_unicode(value: Any, name: Path, place: str) -> None:
+    """Fail if a text of a JSON value has half a surrogate pair, which JSON may spell and UTF-8 cannot.
+
+    Args:
+        value: what a file holds, keys included.
+        name: the file, for errors.
+        place: what the value is called.
+
+    Raises:
+        InputError: there is one; its place is named.
+    """
+    left = [(place, value)]
+    while left:
+        place, one = left.pop()
+        if isinstance(one, dict):
+            for key, inner in one.items():
+                left += ((f"{place}.{key}"[:_SHOWN], text) for text in (key, inner))
+        elif isinstance(one, list):
+            left += ((f"{place}[{index}]"[:_SHOWN], inner) for index, inner in enumerate(one))
+        elif isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
+            raise InputError(
+                "has half a surrogate pair, which is no character",
+                file=name,
+                place=place.encode("ascii", "backslashreplace").decode("ascii"),
+                expected="both \\u of a pair, or the character itself",
+                found=ascii(one)[:_SHOWN],
+            )

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..chat import ChatTemplate, chat_template
 from ..errors import GosletError, InputError, TokenizerError
+from ..reading import check_unicode
 from ..sampling import MAX_SEED, SamplingOptions, StopMatcher
 from ..session import Engine, Session
 from ..tokenizer import Tokenizer
@@ -130,6 +131,7 @@ def _read_tools(path: str) -> Sequence[Any]:
         raise InputError(f"is not JSON: {error}", file=path) from None
     if not isinstance(tools, list) or not tools:
         raise InputError("holds no tools", file=path, expected="a JSON list of signatures or objects")
+    check_unicode(tools, path, "tools")
     return tools
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,25 @@ def test_what_was_said_cannot_begin_a_turn(text: str, end: str) -> None:
         assert len(turns) <= 2  # the second turn alone begins with the stop text
 
 
+MARKED = ChatTemplate("System: {}", "User: {}", "Assistant:", "<end>", {"plain": ChatMode()})
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "left"),
+    [
+        ("user", "a<end>b", "User: ab<end>"),
+        ("user", "a<e<end>nd>b", "User: ab<end>"),
+        ("user", "a<en<e<end>nd>d>b", "User: ab<end>"),
+        ("assistant", "a<end>User: b", "Assistant: aUser: b<end>"),
+        ("assistant", "a<end><end>User:User: b", "Assistant: aUser:User: b<end>"),
+        ("assistant", "a<en<end>User:d>User: b", "Assistant: a<enUser:d>User: b<end>"),
+    ],
+)
+def test_what_is_left_of_a_mark_is_no_mark(role: str, text: str, left: str) -> None:
+    rendered = MARKED.render([{"role": role, "content": text}, {"role": "user", "content": "hi"}])
+    assert rendered == f"{left}User: hi<end>Assistant:"
+
+
 USER = {"role": "user", "content": "hi"}
 BAD_MESSAGES: dict[str, tuple[Any, Any, str]] = {
     "none": ([], (), "messages"),
@@ -206,6 +227,33 @@ def test_what_is_no_template(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bad\.json") as caught:
         chat_template(path)
     assert "\n" not in str(caught.value)
+
+
+def places(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Every text of a JSON value, spoilt in a copy of its own."""
+    if isinstance(value, str):
+        yield place, f"a{value}\ud800"
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from ((at, {**value, key: spoilt}) for at, spoilt in places(inner, f"{place}.{key}"))
+            rest = {other: kept for other, kept in value.items() if other != key}
+            yield f"{place}.{key}\\udfff", {**rest, f"{key}\udfff": inner}
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_is(tmp_path: Path) -> None:
+    """JSON may spell one, and nothing could write the engine or feed the model with it."""
+    path = tmp_path / "half.json"
+    spoilt = list(places(BUILT_IN["g1"].to_json(), "template"))
+    assert {"template.assistant", "template.modes.think.ask", "template.tools.call"} <= {place for place, _ in spoilt}
+    for place, value in spoilt:
+        path.write_text(json.dumps(value))
+        with pytest.raises(InputError, match="half a surrogate pair") as caught:
+            chat_template(path)
+        assert (caught.value.file, caught.value.place) == (str(path), place)
+        str(caught.value).encode("ascii")
+    whole = dataclasses.replace(BUILT_IN["g1"], system="\U0001f600 {}")
+    path.write_text(json.dumps(whole.to_json()))
+    assert "\\ud83d\\ude00" in path.read_text() and chat_template(path) == whole
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])

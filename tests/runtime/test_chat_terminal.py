@@ -278,6 +278,9 @@ def test_tools_that_are_none_are_refused(run: Run, tiny_engine: Path, tmp_path: 
         b"{}": "holds no tools",
         b"[]": "holds no tools",
         b"[1]": "tools[0]: is no tool",
+        rb'["f(x)", "g\ud800"]': "tools.json: tools[1]: has half a surrogate pair",
+        rb'[{"function": {"name": "f", "parameters": {"a": "\udc00"}}}]': "tools[0].function.parameters.a: has half",
+        rb'[{"name": "f", "x\udc00": 1}]': r"tools.json: tools[0].x\udc00: has half",
         b"[" + b" " * chat._MAX_TOOLS_BYTES: "too long",
     }.items():
         tools.write_bytes(content)

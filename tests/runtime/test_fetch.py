@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import filter_repo_objects
 
 from goslet.cli import main
 
@@ -77,12 +78,16 @@ def test_several_files_are_named_and_none_is_taken(
 
 
 def test_a_folder_is_taken_whole_without_what_is_no_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files = {"config.json": 1, "model.safetensors": 9, "modeling_rwkv.py": 4, "tokenizer.json": 2}
+    wanted = ["config.json", "tokenizer.json", "rwkv_vocab_v20230424.txt"]
+    wanted += ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    wanted += ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    unwanted = ["modeling_rwkv.py", "README.md", "optimizer.pt", "training_args.bin", "rwkv7.onnx", "model.gguf"]
+    files = dict.fromkeys([*wanted, *unwanted], 1)
     hub = stand_in(monkeypatch, Hub(files))
     assert main(["--quiet", "fetch", "fla-hub/rwkv7-191M-world", "-o", str(tmp_path)]) == 0
     ((repository, *patterns),) = hub.asked
     assert repository == "fla-hub/rwkv7-191M-world"
-    assert not any(pattern.endswith((".py", "*")) and ".bin" not in pattern for pattern in patterns)
+    assert list(filter_repo_objects(files, allow_patterns=patterns)) == wanted
     assert (tmp_path / "rwkv7-191M-world").is_dir()
 
 
