@@ -92,5 +92,5 @@ def holds_principal_part(found: Sequence[Alignment]) -> bool:
 
 def sampled(names: Sequence[str]) -> list[str]:
     """Some of an adapter's matrices, spread over all of them."""
-    step = max(1, len(names) // SAMPLE)
-    return list(names[::step][:SAMPLE])
+    n_sampled = min(SAMPLE, len(names))
+    return [names[index * len(names) // n_sampled] for index in range(n_sampled)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from goslet.export import export_engine  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.readers.gguf_file import read_gguf  # noqa: E402
 from goslet.export.readers.gguf_header import read_header  # noqa: E402
-from goslet.export.readers.gguf_keys import AGREES, NEUTRAL  # noqa: E402
+from goslet.export.readers.gguf_keys import AGREES, NEUTRAL, settings  # noqa: E402
 from goslet.tokenizer import Tokenizer, world_tokenizer  # noqa: E402
 
 from .ggml_blocks import DECODERS, decoded, random_blocks  # noqa: E402
@@ -383,6 +384,62 @@ def stated(architecture: str, source: Path, path: Path, key: str, value: Any) ->
     return path
 
 
+# llama.cpp's keys of other architectures, and the values with which its own graphs leave the numbers as they are:
+# a softcap, clamp, bias or scale of 0 is off, a factor of 1 too; 64e-5 is the constant in its rwkv graphs.
+CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "token_shift_count": (2,),
+    "attention.layer_norm_rms_epsilon": (),
+    "attention.group_norm_epsilon": (64e-5,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "router_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "swin_norm": (False,),
+    "use_parallel_residual": (False,),
+}
+# What models have there that compute something else, and what only looks like the right value.
+CHANGES_SOMETHING: dict[str, tuple[Any, ...]] = {
+    "token_shift_count": (0, 1, 3),
+    "attention.layer_norm_rms_epsilon": (0.0, 1e-6, 1e-5),
+    "attention.group_norm_epsilon": (0.0, 1e-6, 1e-5, 64e-6, 1e-3, 64e-5 * 1.001),
+    "attention.causal": (False,),
+    "attention.clamp_kqv": (6.0, 8.0),
+    "attention.max_alibi_bias": (8.0,),
+    "attention.scale": (0.125, 1.0),
+    "attn_logit_softcapping": (1.0, 30.0, 50.0),
+    "router_logit_softcapping": (1.0, 30.0),
+    "final_logit_softcapping": (1.0, 15.0, 30.0),
+    "logit_scale": (0.0625, 0.5, 2.0, -1.0),
+    "residual_scale": (0.22, 0.5, 2.0),
+    "embedding_scale": (12.0, 0.5, 8.0),
+    "expert_count": (1, 8),
+    "expert_used_count": (1, 2),
+    "swin_norm": (True,),
+    "use_parallel_residual": (True,),
+}
+
+
+@pytest.mark.parametrize("architecture", ["rwkv6", "rwkv7"])
+def test_what_changes_the_numbers_is_known_value_by_value(architecture: str) -> None:
+    assert NEUTRAL.keys() == CHANGES_NOTHING.keys() == CHANGES_SOMETHING.keys()
+    shapes = {"emb.weight": (40, 64)}
+    for key in NEUTRAL:
+        name = f"{architecture}.{key}"
+        for value in CHANGES_NOTHING[key]:
+            assert settings({name: value}, architecture, 64, shapes, Path("x.gguf")).notes == (), name
+        for value in CHANGES_SOMETHING[key]:
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                settings({name: value}, architecture, 64, shapes, Path("x.gguf"))
+
+
 @pytest.mark.parametrize("architecture", ["rwkv6", "rwkv7"])
 def test_every_key_agrees_with_the_tensors_or_is_refused(
     architecture: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -391,7 +448,7 @@ def test_every_key_agrees_with_the_tensors_or_is_refused(
     shapes = {name: tensor.shape for name, tensor in read_gguf(source).tensors.items()}
     right: dict[str, tuple[Any, ...]] = {key: (size(shapes),) for key, size in AGREES[architecture].items()}
     right |= {"attention.head_count": (0, 1), "attention.head_count_kv": (0, 1, [1, 1]), "context_length": (1, 2)}
-    right |= {key: tuple(values) for key, values in NEUTRAL.items()}
+    right |= CHANGES_NOTHING
     right["rescale_every_n_layers"] = (0,) if architecture == "rwkv7" else (0, 2)
     free = {"context_length"} | ({"rescale_every_n_layers"} if architecture == "rwkv6" else set())
     assert None not in {value for values in right.values() for value in values if not isinstance(value, list)}

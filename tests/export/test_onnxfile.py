@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import errno
 import itertools
 import json
 import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,17 +21,20 @@ torch = pytest.importorskip("torch", reason="exporting needs torch")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime runs the files here")
 
 import onnx  # noqa: E402
+import onnx.parser  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from random_checkpoint import random_rwkv4, random_rwkv5, random_rwkv6, random_rwkv7, save  # noqa: E402
 
 import goslet  # noqa: E402
+from goslet import output  # noqa: E402
 from goslet.chat import BUILT_IN  # noqa: E402
 from goslet.enginefile import EngineFile  # noqa: E402
 from goslet.errors import OutputError  # noqa: E402
 from goslet.export import export_engine, streamed  # noqa: E402
-from goslet.export.onnxfile import self_contained, write_onnx  # noqa: E402
-from goslet.export.streamed import StreamedModel, check_written, write_streamed  # noqa: E402
+from goslet.export.onnxfile import metadata, self_contained, write_onnx  # noqa: E402
+from goslet.export.streamed import StreamedModel, check_written, write_beside, write_streamed  # noqa: E402
 from goslet.export.valid_onnx import check_graph  # noqa: E402
+from goslet.spec import StateSpec, StateTensor  # noqa: E402
 
 from .test_compensate import with_random_residuals  # noqa: E402
 
@@ -165,6 +171,27 @@ def test_a_run_from_the_onnx_file_alone_equals_the_engine(version: str, tuned: b
             assert error <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("place", [None, *range(12)])
+def test_a_state_that_begins_with_several_numbers_is_given_whole(place: int | None, files: _Files) -> None:
+    """Wherever the one is that differs."""
+    with EngineFile.open(files("7", "f32").with_suffix(".goslet")) as engine:
+        first = StateTensor("s", (3, 2, 2), "head,value,key")
+        own = np.full(first.shape, -2.5, np.float32)
+        if place is not None:
+            own.flat[place] = 7
+        said = metadata(
+            SimpleNamespace(
+                **{
+                    name: getattr(engine, name) for name in ("spec", "model_id", "provenance", "tokenizer_kind", "chat")
+                },
+                state_spec=StateSpec((first,)),
+                initial_state={"s": own},
+            )
+        )
+    assert ("goslet.state.s" in said) == (place is not None)
+    np.testing.assert_array_equal(begin(said, 2)["state_in.s"], np.stack([own, own]))
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_model_beyond_the_end_of_one_file(
     quant: str, files: _Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,6 +246,67 @@ def test_a_second_file_that_is_there_is_refused_before_any_work(
     onnx.checker.check_model(tmp_path / "x.onnx", full_check=True)
     with pytest.raises(OutputError, match="is also the checkpoint"):
         export_engine(data, tmp_path / "y.goslet", onnx=tmp_path / "x.onnx", overwrite=True)
+
+
+def small_model(number: float) -> StreamedModel:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[1] x) => (float[1] y) <float[1] w> { y = Add(x, w) }'
+    )
+    model.graph.initializer.add(name="w", dims=[1], data_type=onnx.TensorProto.FLOAT)
+    return StreamedModel(model, {"w": lambda: np.array([number], "<f4").tobytes()})
+
+
+# What fails at which of its calls. The weights get their name first, and before that nothing has one.
+GONE = OSError(errno.EIO, "the disk is gone")
+FAILURES: dict[str, tuple[str, int, BaseException]] = {
+    "a weight": ("", 0, GONE),
+    "a short weight": ("", 0, GONE),
+    "the weights' sync": ("os.fsync", 1, GONE),
+    "the weights' name": ("goslet.output._rename", 1, GONE),
+    "the model's name": ("goslet.output._rename", 2, GONE),
+    "Ctrl-C between the names": ("goslet.output._rename", 2, KeyboardInterrupt()),
+}
+
+
+@pytest.mark.parametrize("there", ["nothing", "both", "the model", "the weights"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_of_a_model_and_its_weights_both_are_there_or_neither(
+    failure: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model beside the weights of another is the worst of all: it loads, and computes something else."""
+    path, data = tmp_path / "x.onnx", tmp_path / "x.onnx.data"
+    overwrite = there != "nothing"
+    before = {"nothing": [], "both": [path, data], "the model": [path], "the weights": [data]}[there]
+    for old in before:
+        old.write_text("old")
+    lazy = small_model(2)
+    if failure == "a weight":
+        lazy.weights["w"] = lambda: 1 // 0
+    elif failure == "a short weight":
+        lazy.weights["w"] = lambda: b"xy"
+    else:
+        place, which, error = FAILURES[failure]
+        original, calls = (output._rename, os.fsync)[place == "os.fsync"], itertools.count(1)
+
+        def failing(*given: Any) -> Any:
+            if next(calls) == which:
+                raise error
+            return original(*given)
+
+        monkeypatch.setattr(place, failing)
+    with pytest.raises((OutputError, ZeroDivisionError, KeyboardInterrupt)):
+        write_beside(lazy, path, overwrite)
+    # What was there is there still, or none of it where its replacing had begun.
+    left = sorted(tmp_path.iterdir())
+    assert left in ([], before)
+    assert all(old.read_text() == "old" for old in left)
+    if "name" not in failure:
+        assert left == before
+    monkeypatch.undo()
+    write_beside(small_model(3), path, True)
+    assert sorted(tmp_path.iterdir()) == [path, data]
+    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": np.ones(1, "f4")})
+    assert found[0] == 4
 
 
 def test_weights_are_made_one_by_one_and_written_as_protobuf_would(files: _Files, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from goslet.cli import main  # noqa: E402
 from goslet.errors import CheckpointError, GosletError, InputError, MissingTensorError, TensorShapeError  # noqa: E402
 from goslet.export import export_engine  # noqa: E402
 from goslet.export.adapters import read_adapter  # noqa: E402
-from goslet.export.adapters.pissa import ALIGNED, LARGEST_SHARE, align, holds_principal_part  # noqa: E402
+from goslet.export.adapters.pissa import ALIGNED, LARGEST_SHARE, align, holds_principal_part, sampled  # noqa: E402
 from goslet.export.checkpoint import open_checkpoint  # noqa: E402
 from goslet.export.models import rwkv7  # noqa: E402
 from goslet.export.models.blocks import EagerOps, token_pieces  # noqa: E402
@@ -165,6 +165,39 @@ def test_numbers_of_both_kinds_lie_far_from_the_limits(rank: int) -> None:
                 assert holds_principal_part([found])
 
 
+def test_a_small_product_along_the_principal_part_is_a_lora() -> None:
+    """Its share tells: of c·P it is 1 / c. A PiSSA may have shrunk; to two thirds of its norm is far for one."""
+    for name, matrix in matrices().items():
+        up, down = principal(matrix, 4)
+        for size, is_pissa in ((1.5, True), (1.0, True), (0.8, True), (0.7, True), (0.6, False), (0.1, False)):
+            found = align(matrix, up, down).times(size)
+            assert found.aligned > 0.75 and abs(found.share * size - 1) < 1e-3
+            assert holds_principal_part([found]) == is_pissa, (name, size)
+        # All of them count, not the first: one that is aligned by chance among others that are not, and the reverse.
+        chance = align(matrix, up, down).times(0.9)
+        none = align(matrix, torch.zeros_like(up) + 1e-9, down)
+        assert holds_principal_part([chance]) and not holds_principal_part([chance, *[none] * 8])
+        assert holds_principal_part([none, *[chance] * 8])
+
+
+def test_what_is_looked_at_is_spread_over_all_matrices() -> None:
+    for count in range(100):
+        names = [str(index) for index in range(count)]
+        found = [int(name) for name in sampled(names)]
+        assert len(found) == min(count, 8)
+        gaps = {after - before for before, after in itertools.pairwise([*found, count])}
+        assert found[:1] == [0][:count] and (not gaps or max(gaps) - min(gaps) <= 1), count
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_beginning_that_was_rounded_fits(dtype: torch.dtype, tmp_path: Path) -> None:
+    init = {name: tensor.to(dtype) for name, tensor in INIT.items()}
+    found = weight(tmp_path, saved(TRAINED, tmp_path / "t.pth"), init=saved(init, tmp_path / "i.pth"))
+    expected = TUNED[KEY + ".weight"]
+    # Two factors, each rounded by at most half a unit of its last place.
+    assert (found - expected).abs().max() <= RANK * torch.finfo(dtype).eps * expected.abs().max()
+
+
 def test_a_lora_that_was_trained_hard_is_no_pissa(tmp_path: Path) -> None:
     """Gradients of a real step until a text is learnt by heart.
 
@@ -259,6 +292,27 @@ BAD: dict[str, tuple[Tensors, Tensors | None, float | None, type[GosletError], s
         None,
         CheckpointError,
         "not what was taken out",
+    ),
+    "a slightly larger scale's": (
+        TRAINED,
+        {name: math.sqrt(1.25) * tensor for name, tensor in INIT.items()},  # share 0.8
+        None,
+        CheckpointError,
+        "not what was taken out",
+    ),
+    "a slightly smaller scale's": (
+        TRAINED,
+        {name: math.sqrt(0.8) * tensor for name, tensor in INIT.items()},  # share 1.25
+        None,
+        CheckpointError,
+        "not what was taken out",
+    ),
+    "another model's in one layer": (
+        TRAINED,
+        {name: (OTHER if "blocks.1" in name else INIT)[name] for name in INIT},
+        None,
+        CheckpointError,
+        r"init\.pth: blocks\.1.*not what was taken out",
     ),
     "one that overflows": (
         TRAINED,

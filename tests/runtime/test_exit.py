@@ -86,3 +86,31 @@ if child:
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_first_call_after_the_end_has_begun_never_begins() -> None:
+    """A thread that has no lock yet when the end takes those that there are; the thread that ends may still call."""
+    program = """
+import atexit, threading, time
+
+ended = threading.Event()
+
+def late():
+    ended.wait()
+    with before_exit():
+        print("late", flush=True)
+
+def after_the_gate():
+    ended.set()
+    time.sleep(0.5)
+    with before_exit():
+        print("main", flush=True)
+
+# Registered before the gate's own, it runs after that.
+atexit.register(after_the_gate)
+from goslet.backends.exit_gate import before_exit
+
+threading.Thread(target=late, daemon=True).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "main\n", "")
