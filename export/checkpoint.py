@@ -28,7 +28,7 @@ from .adapters import Adapter, merged
 from .models import recognise
 from .models.blocks import Version
 from .models.tensors import TIME_STATE, Shape, Shapes, Source, TensorRule, squeezed, without_first_norm
-from .readers import StoredTensor, read_model
+from .readers import OnlyHere, StoredTensor, read_model
 
 NAMES_SHOWN = 5
 # Numbers of an embedding that are made at a time.
@@ -51,6 +51,7 @@ class Checkpoint:
         tuned_state: a tuned initial state that lies beside the model's tensors or in an adapter: ``time_state`` of its
             layers by their names in the file, or none.
         notes: what the owner should know of how the file was read, a sentence each.
+        only_here: why no other program reads the same from the same path, where that is so.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Checkpoint:
     tokenizer: Path | Callable[[], Tokenizer] | None
     tuned_state: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
+    only_here: OnlyHere | None
     _tensors: Mapping[str, StoredTensor]
 
     @cached_property
@@ -162,7 +164,18 @@ def open_checkpoint(
         rules = version.tensor_rules(spec, shapes.keys())
         if not model.first_norm:
             rules = tuple(without_first_norm(rule) for rule in rules)
-        checkpoint = Checkpoint(path, model.format, version, spec, rules, model.tokenizer, tuned, model.notes, tensors)
+        checkpoint = Checkpoint(
+            path,
+            model.format,
+            version,
+            spec,
+            rules,
+            model.tokenizer,
+            tuned,
+            model.notes,
+            model.only_here,
+            tensors,
+        )
         _check_beside(rules, shapes)
         _validate(checkpoint.sources, shapes, version.unused(spec))
         for name in checkpoint.sources:

@@ -210,8 +210,8 @@ def verify_engine(
         ContainerError: the engine is damaged.
         CheckpointError: the checkpoint or the adapter cannot be read, or they do not fit together.
         BackendUnavailableError, BackendError: the backend does not exist here or fails.
-        InputError: `against` names no library, or none that reads this checkpoint, or there is an adapter or a tuned
-            state, which no other library knows of.
+        InputError: `against` names no library, or none that reads this checkpoint, or there is an adapter, a tuned
+            state or another eps, which no other library knows of.
         DependencyError: the library is not installed.
     """
     report_progress = progress or (lambda stage, done, total: None)
@@ -221,13 +221,24 @@ def verify_engine(
         open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source,
     ):
         file, spec = opened.file, opened.spec
-        oracle = None if against is None else choose(against, source.format, source.path)
+        oracle = None if against is None else choose(against, source.format, source.path, source.only_here)
         if oracle is not None and (change is not None or source.tuned_state):
             raise InputError(
                 f"{oracle.name} knows nothing of an adapter or a tuned state",
                 place="against",
                 remedy="compare the engine of the bare model, or leave --against out",
             )
+        if oracle is not None and norm_eps is not None:
+            with open_checkpoint(checkpoint) as plain:
+                own_eps = plain.spec.norm_eps
+            if own_eps != spec.norm_eps:
+                raise InputError(
+                    f"{oracle.name} computes with the checkpoint's own eps",
+                    place="norm_eps",
+                    expected=own_eps,
+                    found=norm_eps,
+                    remedy="leave --against out, or export and verify without --norm-eps",
+                )
         differences = _differences(file, source)
         if set(differences) - {MODEL_ID}:
             return VerifyReport(opened.backend_name, 0, False, differences, (), {})

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError, DependencyError, InputError
+from ..readers import OnlyHere
 
 TIMEOUT_S = 1800
 _SHOWN_CHARACTERS = 200
@@ -70,21 +71,30 @@ ORACLES = {
 AUTO = "auto"
 
 
-def choose(name: str, file_format: str, path: Path) -> Oracle:
+def choose(name: str, file_format: str, path: Path, only_here: OnlyHere | None = None) -> Oracle:
     """The oracle for a checkpoint.
 
     Args:
         name: of `ORACLES`, or ``auto``.
         file_format: as `StoredModel.format`.
         path: the checkpoint, for messages.
+        only_here: as `StoredModel.only_here`: what goslet undid, other libraries take as it lies.
 
     Raises:
-        InputError: there is no such oracle, or none for this format.
+        InputError: there is no such oracle, or none for this format or this file.
         DependencyError: its package is not installed.
     """
     if name != AUTO and name not in ORACLES:
         raise InputError("no such oracle", place="against", expected=", ".join((AUTO, *ORACLES)), found=name)
     able = [oracle for oracle in ORACLES.values() if file_format in oracle.formats and name in (AUTO, oracle.name)]
+    if only_here is not None:
+        raise InputError(
+            "cannot be read by another library here as goslet reads it",
+            file=path,
+            place="against",
+            found=only_here.found,
+            remedy=f"leave --against out, or {only_here.remedy}",
+        )
     if not able:
         raise InputError(
             "cannot be read by another library here",

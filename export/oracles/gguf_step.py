@@ -36,7 +36,7 @@ class _Model:
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         self._fields = {name: field for reader in readers for name, field in reader.fields.items()}
         self.architecture = self._fields["general.architecture"].contents()
-        self.eps = float(self.number("attention.layer_norm_epsilon"))
+        self.eps = float(self.number("attention.layer_norm_epsilon", 1e-5))
         self.n_head = int(self.number("embedding_length")) // int(self.number("wkv.head_size"))
 
     def number(self, key: str, default: float = 0) -> float:
@@ -49,6 +49,8 @@ class _Model:
     def __call__(self, name: str) -> Array:
         tensor = self._tensors[name]
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
+        if tensor.tensor_type.name in ("F32", "F16"):  # gguf's tables take every file for little-endian
+            return np.asarray(tensor.data, np.float64).reshape(shape)
         return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float64).reshape(shape)
 
     def norm(self, x: Array, name: str) -> Array:

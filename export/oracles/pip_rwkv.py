@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from rwkv.model import RWKV
 
+# The first bytes of what torch.save writes now, and of what it wrote before.
+_ARCHIVE, _PICKLE = b"PK", b"\x80\x02"
+
 
 def main(out: str, tokens_file: str, *checkpoints: str) -> None:
     """Write the logits and the last state of each checkpoint."""
@@ -41,11 +44,18 @@ def main(out: str, tokens_file: str, *checkpoints: str) -> None:
 def _as_float32(path: Path) -> tempfile.TemporaryDirectory[str] | nullcontext[None]:
     """A folder with the checkpoint as ``float32.pth``; None where it is that already.
 
-    In versions 4 to 6, rwkv applies ln0 to the embedding in the checkpoint's own dtype, whatever its strategy.
+    In versions 4 to 6, rwkv applies ln0 to the embedding in the checkpoint's own dtype, whatever its strategy. What a
+    file is, its content says: people call them .pt, .bin and .st too.
     """
-    if path.suffix == ".pth":
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if all(tensor.dtype == torch.float32 for tensor in tensors.values()):
+    with path.open("rb") as file:
+        head = file.read(2)
+        file.seek(0)
+        # Only archives are mapped, and only by a path, of which torch takes the ending .safetensors for the form.
+        mapped = head == _ARCHIVE and path.suffix != ".safetensors"
+        if head in (_ARCHIVE, _PICKLE):
+            tensors = torch.load(path if mapped else file, map_location="cpu", mmap=mapped, weights_only=True)
+    if head in (_ARCHIVE, _PICKLE):
+        if path.suffix == ".pth" and all(tensor.dtype == torch.float32 for tensor in tensors.values()):
             return nullcontext()
     else:
         from safetensors.torch import load_file

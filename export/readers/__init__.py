@@ -9,9 +9,9 @@ from .gguf_file import read_gguf
 from .hf_folder import read_folder
 from .kinds import kind_of
 from .rwkv_file import read_pth, read_safetensors
-from .stored import StoredModel, StoredTensor
+from .stored import OnlyHere, StoredModel, StoredTensor
 
-__all__ = ["StoredModel", "StoredTensor", "read_model"]
+__all__ = ["OnlyHere", "StoredModel", "StoredTensor", "read_model"]
 
 _READERS = {"pth": read_pth, "safetensors": read_safetensors, "gguf": read_gguf, "ggml": read_ggml}
 

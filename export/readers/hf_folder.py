@@ -22,7 +22,7 @@ from .configs import FLA6, FLA7, NATIVE7, OLD, Family, check_config, check_eps, 
 from .fla_names import Named, from_fla6, from_fla7, is_fla, is_fla7
 from .kinds import kind_of
 from .rwkv_file import load_pth, load_safetensors
-from .stored import FloatTensor, StoredModel, StoredTensor, Zeros
+from .stored import FloatTensor, OnlyHere, StoredModel, StoredTensor, Zeros
 from .webrwkv import undone
 from .wrapped import own_names
 
@@ -35,6 +35,7 @@ _ALONE = (".pth", ".pt", ".safetensors", ".st", ".gguf", ".bin")
 _VOCABULARIES = ("rwkv_vocab_v20230424.txt", "rwkv_vocab.txt", "tokenizer.json")
 # The group norm's eps in the code of RWKV's authors.
 _OWN_NORM_EPS = 64e-5
+_AROUND_ONE = "a folder around one of RWKV's own files"
 _ROWS = 4096
 
 _OLD_PARTS = (
@@ -95,7 +96,10 @@ def read_folder(path: Path, read_file: Callable[[Path], StoredModel]) -> StoredM
             if own_name in tensors:
                 raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own_name)
             tensors[own_name] = stored
-    return _by_config(StoredModel("hf", {}, tokenizer=vocabulary, notes=tuple(notes)), tensors, family, config, file)
+    # transformers would make numbers of its own for every name that it does not find.
+    only_here = OnlyHere(_AROUND_ONE, "give the .pth that it was made from") if renamed is _as_it_is else None
+    model = StoredModel("hf", {}, tokenizer=vocabulary, notes=tuple(notes), only_here=only_here)
+    return _by_config(model, tensors, family, config, file)
 
 
 def _of_one_file(path: Path, weights: Path, read_file: Callable[[Path], StoredModel]) -> StoredModel:
@@ -108,7 +112,11 @@ def _of_one_file(path: Path, weights: Path, read_file: Callable[[Path], StoredMo
             expected=CONFIG,
             remedy="download the whole folder",
         )
-    return replace(model, notes=(f"{weights.name} is read, the one checkpoint in {path.name}", *model.notes))
+    return replace(
+        model,
+        notes=(f"{weights.name} is read, the one checkpoint in {path.name}", *model.notes),
+        only_here=model.only_here or OnlyHere(_AROUND_ONE, f"give {weights}"),
+    )
 
 
 def _by_config(

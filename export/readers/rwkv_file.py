@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, DependencyError, UnsafeCheckpointError, first_line
-from .stored import FloatTensor, StoredModel
+from .stored import CONVERTED, WRAPPED, FloatTensor, StoredModel
 from .webrwkv import undone
-from .wrapped import one_level, own_names
+from .wrapped import check_alone, one_level, own_names
 
 # What trainers keep beside a model, and what only holds values.
 _HARMLESS: list[Any] = [argparse.Namespace]
@@ -36,25 +36,36 @@ def read_pth(path: Path) -> StoredModel:
     """The tensors of a ``.pth``.
 
     Raises:
-        CheckpointError: it is not a readable dictionary of plain tensors, or holds several models.
+        CheckpointError: it is not a readable dictionary of plain tensors, holds several models, or is one file out of
+            a folder of transformers'.
         UnsafeCheckpointError: it is a pickle that would run code.
     """
-    tensors, notes = load_pth_level(path)
-    tensors, more = own_names(tensors, path)
-    return StoredModel("pth", {name: FloatTensor(tensor) for name, tensor in tensors.items()}, notes=notes + more)
+    held, notes = load_pth_level(path)
+    check_alone(held, path)
+    tensors, more = own_names(held, path)
+    return StoredModel(
+        "pth",
+        {name: FloatTensor(tensor) for name, tensor in tensors.items()},
+        notes=notes + more,
+        only_here=WRAPPED if notes or tensors.keys() != held.keys() else None,
+    )
 
 
 def read_safetensors(path: Path) -> StoredModel:
     """The tensors of a ``.safetensors`` file in RWKV's own names, or web-rwkv's.
 
     Raises:
-        CheckpointError: it is not readable, holds several models, or may mean two things.
+        CheckpointError: it is not readable, holds several models, may mean two things, or is one file out of a folder
+            of transformers'.
         TensorShapeError: some of it lies as RWKV's own files do and some as web-rwkv's.
         DependencyError: safetensors is not installed.
     """
-    tensors, notes = own_names(load_safetensors(path), path)
+    held = load_safetensors(path)
+    check_alone(held, path)
+    tensors, notes = own_names(held, path)
     own, more = undone({name: FloatTensor(tensor) for name, tensor in tensors.items()}, path)
-    return StoredModel("safetensors", own, notes=notes + more)
+    only_here = CONVERTED if more else WRAPPED if tensors.keys() != held.keys() else None
+    return StoredModel("safetensors", own, notes=notes + more, only_here=only_here)
 
 
 def load_pth(path: Path) -> dict[str, Tensor]:

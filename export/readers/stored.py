@@ -136,6 +136,26 @@ def shares(source: StoredTensor, letters: str) -> dict[str, ConvertedTensor]:
 
 
 @dataclass(frozen=True)
+class OnlyHere:
+    """Why another program that reads this form of file does not take the same model from this one.
+
+    Attributes:
+        found: what the file is instead.
+        remedy: what such a program reads.
+    """
+
+    found: str
+    remedy: str
+
+
+WRAPPED = OnlyHere(
+    "a checkpoint with what a trainer puts around a model's names or tensors",
+    "save the model's tensors alone, under RWKV's own names, and give that file",
+)
+CONVERTED = OnlyHere("a checkpoint that was converted for web-rwkv", "give the .pth that it was made from")
+
+
+@dataclass(frozen=True)
 class StoredModel:
     """What a reader found.
 
@@ -148,6 +168,7 @@ class StoredModel:
             where there is one.
         notes: what the owner should know of how the file was read, a sentence each.
         first_norm: whether the model has ln0, the norm of what comes out of the embedding.
+        only_here: why no other program reads the same from the same path, where that is so.
     """
 
     format: str
@@ -157,3 +178,4 @@ class StoredModel:
     tokenizer: Path | Callable[[], Tokenizer] | None = None
     notes: tuple[str, ...] = ()
     first_norm: bool = True
+    only_here: OnlyHere | None = None

@@ -8,7 +8,7 @@ Nothing of this changes a number, so it is taken off; what is left out is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,11 @@ _WRAPPERS = re.compile(
 _BLOCK = re.compile(r"(?:^|(?<=\.))blocks\.\d+\.", re.ASCII)
 # What transformers' own RWKV-7 puts before RWKV's names.
 _NATIVE = "rwkv7."
+# Dictionaries that have a model's names and are none: what an optimizer keeps of each tensor, and gradients.
+_OPTIMIZER = re.compile(
+    r"optimi[sz]er|exp_?avg|(?:^|[^a-z])(?:optims?|moment(?:s|um)?|grads?|gradients?)(?:$|[^a-z])", re.IGNORECASE
+)
+_AVERAGE = re.compile(r"average|(?:^|[^a-z])(?:ema|swa|avg)(?:$|[^a-z])", re.IGNORECASE)
 _SHOWN = 60
 
 
@@ -54,7 +59,7 @@ def one_level(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str
             "embedding and rounds, so that the model's own numbers are no longer in it",
             file=path,
             place="_strategy, _version",
-            found=str(content["_strategy"])[:_SHOWN],
+            found=content["_strategy"][:_SHOWN] if isinstance(content["_strategy"], str) else None,
             remedy="give the original .pth that it was converted from",
         )
     if all(isinstance(value, Tensor) for value in content.values()):
@@ -64,9 +69,10 @@ def one_level(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str
         for key, value in content.items()
         if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
     }
-    level = next((key for key in _LEVELS if key in inner), next(iter(inner)) if len(inner) == 1 else None)
+    able = [key for key in inner if not _OPTIMIZER.search(key)]
+    level = next((key for key in _LEVELS if key in inner), able[0] if len(able) == 1 else None)
     if level is None or any(isinstance(value, Tensor) for value in content.values()):
-        raise _no_tensors(content, list(inner), path)
+        raise _no_tensors(content, list(inner), able, path)
     tensors = _named(inner[level], path)
     if "ds_version" in content and any(tensor.numel() == 0 for tensor in tensors.values()):
         raise CheckpointError(
@@ -77,6 +83,8 @@ def one_level(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str
         )
     others = [key for key in inner if key != level]
     note = f"the file's tensors were taken from '{level[:_SHOWN]}'"
+    if _AVERAGE.search(level):
+        note += ", by its name an average over the training, as no other model is in the file"
     if others:
         note += f"; {', '.join(repr(key[:_SHOWN]) for key in others)} beside it was left alone"
     return tensors, (note,)
@@ -94,11 +102,11 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
         say.
 
     Raises:
-        CheckpointError: there are several models, each with a prefix of its own, two names become one, or it is one
-            file out of a folder of transformers'.
+        CheckpointError: there are several models, each with a prefix of its own, two names become one, or the prefix
+            says that it is the state of an optimizer.
     """
     bare = {name: _WRAPPERS.sub("", name) for name in tensors}
-    prefixes = {name[: found.start()] for name in bare.values() if (found := _BLOCK.search(name))}
+    prefixes = _prefixes(bare.values())
     if len(prefixes) > 1 and "" not in prefixes:
         raise CheckpointError(
             "holds several models, each with a prefix of its own before the names",
@@ -107,12 +115,8 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
             remedy="save the tensors of one of them alone",
         )
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    if prefix == _NATIVE and (path.parent / "config.json").is_file():
-        raise CheckpointError(
-            "is a single file of a Hugging Face folder, whose config.json says how its numbers are meant",
-            file=path,
-            remedy=f"give the folder {path.parent}",
-        )
+    if _OPTIMIZER.search(prefix):
+        raise _optimizers(prefix, path)
     renamed: dict[str, T] = {}
     for name, tensor in tensors.items():
         own = bare[name].removeprefix(prefix)
@@ -120,6 +124,26 @@ def own_names(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, T], tuple
             raise CheckpointError("two tensors stand for one", file=path, place=name[:100], found=own[:100])
         renamed[own] = tensor
     return renamed, (f"the prefix '{prefix[:_SHOWN]}' was taken off the tensors' names",) if prefix else ()
+
+
+def check_alone(names: Iterable[str], path: Path) -> None:
+    """A model's file lies in no folder whose config.json must be read with it.
+
+    Raises:
+        CheckpointError: it is one file out of a folder of transformers'.
+    """
+    prefixes = _prefixes(_WRAPPERS.sub("", name) for name in names)
+    if any(prefix.endswith(_NATIVE) for prefix in prefixes) and (path.parent / "config.json").is_file():
+        raise CheckpointError(
+            "is a single file of a Hugging Face folder, whose config.json says how its numbers are meant",
+            file=path,
+            remedy=f"give the folder {path.parent}",
+        )
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    """What stands before RWKV's own names."""
+    return {name[: found.start()] for name in names if (found := _BLOCK.search(name))}
 
 
 def _named(content: Mapping[object, Tensor], path: Path) -> dict[str, Tensor]:
@@ -131,8 +155,19 @@ def _named(content: Mapping[object, Tensor], path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in content.items()}
 
 
-def _no_tensors(content: Mapping[object, object], inner: list[str], path: Path) -> CheckpointError:
-    """Why no dictionary of tensors can be taken."""
+def _optimizers(place: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        "holds the state of an optimizer, not a model",
+        file=path,
+        place=place[:_SHOWN],
+        remedy="give the model's file beside it (of DeepSpeed, …model_states.pt), or save the model's tensors alone",
+    )
+
+
+def _no_tensors(content: Mapping[object, object], inner: list[str], able: list[str], path: Path) -> CheckpointError:
+    """Why no dictionary of tensors can be taken, of all and of those that may be a model."""
+    if inner and not able:
+        return _optimizers(inner[0], path)
     if len(inner) > 1:
         return CheckpointError(
             "holds several dictionaries of tensors, and goslet does not know which is the model",
@@ -142,12 +177,7 @@ def _no_tensors(content: Mapping[object, object], inner: list[str], path: Path) 
             remedy="save the model's alone: torch.save(torch.load(FILE)[NAME], 'model.pth')",
         )
     if "optimizer_state_dict" in content:
-        return CheckpointError(
-            "holds the state of an optimizer, not a model",
-            file=path,
-            place="optimizer_state_dict",
-            remedy="give the model's file beside it (of DeepSpeed, …model_states.pt)",
-        )
+        return _optimizers("optimizer_state_dict", path)
     name, value = next((name, value) for name, value in content.items() if not isinstance(value, Tensor))
     return CheckpointError(
         "holds something that is not a tensor",

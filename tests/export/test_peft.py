@@ -385,3 +385,20 @@ def test_folders_without_weights_and_of_whole_models(tmp_path: Path) -> None:
     (tmp_path / "b/config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="whole model is exported by itself"):
         read_adapter(tmp_path / "b", None)
+
+
+@pytest.mark.parametrize("prefix", ["rwkv7.", "base_model.model.rwkv7.", "base_model.model.model.", "module.rwkv7."])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_an_adapter_beside_a_models_config_is_read(ending: str, prefix: str, tmp_path: Path) -> None:
+    """As in folders that a trainer of transformers leaves: config.json belongs to the model, not to the adapter."""
+    names = {prefix + name: tensor for name, tensor in lora().items()}
+    folder = put(tmp_path / "x", names, CONFIG)
+    file = folder / f"adapter_model.{ending}"
+    if ending == "bin":
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(names, file)
+    (folder / "config.json").write_text('{"model_type": "rwkv7"}')
+    for path in (folder, file):
+        adapter = read_adapter(path, None)
+        assert adapter is not None
+        assert set(adapter.modules) == {KEY}

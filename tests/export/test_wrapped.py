@@ -95,6 +95,38 @@ def test_the_model_is_taken_and_not_its_average(tensors: Tensors, plain_id: str,
     assert "ema, online" in str(refusal(tmp_path / "y.ckpt"))
 
 
+@pytest.mark.parametrize("level", ["ema", "model_ema", "swa_state", "averaged_model", "ema_state_dict"])
+def test_an_average_alone_is_the_model_and_said(level: str, tensors: Tensors, plain_id: str, tmp_path: Path) -> None:
+    torch.save({"epoch": 1, level: tensors}, tmp_path / "x.ckpt")
+    assert model_id(tmp_path / "x.ckpt") == plain_id
+    assert f"from '{level}', by its name an average" in notes(tmp_path / "x.ckpt")
+    torch.save({"epoch": 1, "schema": tensors}, tmp_path / "x.ckpt")
+    assert "average" not in notes(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    "level", ["optim_exp_avg", "exp_avg_sq", "optimizer", "OptimizerState", "optim", "momentum", "moments.1", "grads"]
+)
+def test_what_an_optimizer_keeps_is_no_model(level: str, tensors: Tensors, plain_id: str, tmp_path: Path) -> None:
+    """It has the model's names and shapes: nothing else would tell it."""
+    path = tmp_path / "x.ckpt"
+    torch.save({"epoch": 1, level: tensors}, path)
+    error = refusal(path)
+    assert "state of an optimizer, not a model" in str(error)
+    assert error.place == level
+    save({f"{level}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    assert "state of an optimizer" in str(refusal(tmp_path / "x.safetensors"))
+    torch.save({level: {name: tensor * 0.1 for name, tensor in tensors.items()}, "weights": tensors}, path)
+    assert model_id(path) == plain_id
+    assert f"'{level}' beside it was left alone" in notes(path)
+
+
+@pytest.mark.parametrize("level", ["optimal", "gradual", "undergrad", "weights"])
+def test_words_that_only_begin_as_an_optimizers(level: str, tensors: Tensors, plain_id: str, tmp_path: Path) -> None:
+    torch.save({level: tensors}, tmp_path / "x.ckpt")
+    assert model_id(tmp_path / "x.ckpt") == plain_id
+
+
 def test_what_is_there_twice_or_for_two_models(tensors: Tensors, tmp_path: Path) -> None:
     both = {prefix + name: tensor for prefix in ("a.", "b.") for name, tensor in tensors.items()}
     save(both, tmp_path / "two.pth")
@@ -144,7 +176,8 @@ def test_names_of_adapters() -> None:
 def test_a_file_out_of_a_folder_of_transformers_is_not_read_without_its_config(
     ending: str, tensors: Tensors, plain_id: str, tmp_path: Path
 ) -> None:
-    save({f"rwkv7.{name}": tensor for name, tensor in tensors.items()}, tmp_path / f"model.{ending}")
+    prefix = "rwkv7." if ending == "pth" else "module.rwkv7."
+    save({prefix + name: tensor for name, tensor in tensors.items()}, tmp_path / f"model.{ending}")
     assert model_id(tmp_path / f"model.{ending}") == plain_id
     (tmp_path / "config.json").write_text("{}")
     assert f"give the folder {tmp_path}" in str(refusal(tmp_path / f"model.{ending}"))
