@@ -196,9 +196,12 @@ def export_engine(
     change = read_adapter(adapter, alpha, adapter_init)
     with open_checkpoint(checkpoint, norm_eps=norm_eps, adapter=change) as source:
         spec, version = source.spec, source.version
-        if chat is None:
-            conversation = chat_template(usual_chat(checkpoint, spec.version))
         notes = [*source.notes]
+        if chat is None:
+            usual = usual_chat(checkpoint, spec.version)
+            conversation = chat_template(usual)
+            if usual != "world":
+                notes.append(f"conversations are written as the template {usual} says, which the file's name asks for")
         vocabulary = _vocabulary(tokenizer, source, notes.append)
         state_spec = version.state_spec(spec)
         if bits is not None:

@@ -43,14 +43,14 @@ FLOAT_SUFFIX = ".float"
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Let a Ctrl-C through that torch turned into an error of its own, and keep its pages of advice away from users."""
+    """Let a signal through that torch turned into an error of its own, and keep its pages of advice away from users."""
     try:
         yield
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
+            if not isinstance(cause, Exception):  # Ctrl-C, or the end that SIGTERM asks for
+                raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise GosletError(
             f"the step cannot be traced: {type(error).__name__}", remedy="report this as a bug, with --debug's output"

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -499,10 +499,10 @@ class Engine:
         if options is not None and sampling:
             raise InputError("is given beside options", place=", ".join(sampling), remedy="give one or the other")
         if options is None:
-            try:
-                options = SamplingOptions(**sampling)
-            except TypeError as error:
-                raise InputError(f"no such sampling option: {error}", place="generate") from error
+            known = [option.name for option in fields(SamplingOptions)]
+            for name in sampling.keys() - known:
+                raise InputError("no such sampling option", place=name, expected=", ".join(known))
+            options = SamplingOptions(**sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = self.generate_tokens(ids, max_tokens=max_tokens, session=session, options=options)
         return self._text(tokens, self._tokenizer, StopMatcher(options.stop))

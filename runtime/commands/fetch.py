@@ -6,6 +6,7 @@ Nothing else in goslet opens a connection.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ AUTHORS = ("BlinkDL/rwkv7-g1", "BlinkDL/rwkv-7-world", "BlinkDL/rwkv-6-world", "
 _CHECKPOINTS = (".pth", ".safetensors", ".gguf", ".st", ".bin")
 _FOLDER = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "tokenizer.json", "*.txt")
 _SHOWN_FILES = 40
+# What stands before OWNER and before FILE in the address of a page of the hub.
+_ADDRESS = re.compile(r"https?://[^/]+/")
+_REVISION = re.compile(r"(blob|resolve)/[^/]+/")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +50,9 @@ class _File:
 
 def execute(args: argparse.Namespace, console: Console) -> int:
     """Run the command."""
-    parts = args.model.split("/", 2)
+    parts = _ADDRESS.sub("", args.model).split("/", 2)
+    if len(parts) == 3:
+        parts[2] = _REVISION.sub("", parts[2])
     if len(parts) < 2 or not all(parts):
         raise UsageError(
             f"MODEL: expected OWNER/NAME or OWNER/NAME/FILE, such as {AUTHORS[0]}, found {args.model!r}",

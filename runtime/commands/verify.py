@@ -35,8 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         nargs="?",
         const="auto",
+        choices=("auto", "rwkv", "transformers", "gguf"),
         metavar="LIBRARY",
-        help="let another library run the checkpoint too: rwkv, transformers or gguf (default: the one that reads it)",
+        help="let another library run the checkpoint too: rwkv, transformers, gguf or auto, the one that reads it "
+        "(default without a name: auto)",
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
     add_backend_flags(parser)

@@ -374,20 +374,21 @@ def test_exports_in_two_threads_leave_the_process_as_it_was(one_layer: Path, tmp
     assert (tmp_path / "0.goslet").read_bytes() == (tmp_path / "1.goslet").read_bytes()
 
 
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt, SystemExit])
 def test_interrupt_that_torch_turns_into_its_own_error(
-    one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signalled: type[BaseException], one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Ctrl-C while torch imports or traces comes out as an error about torch; it is still a Ctrl-C."""
+    """A Ctrl-C or SIGTERM while torch imports or traces comes out as an error about torch; it is still that."""
     monkeypatch.setattr("goslet.export.graph._TRACES", {})
 
     def interrupted(*_: object, **__: object) -> None:
         try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt as interrupt:
+            raise signalled
+        except signalled as interrupt:
             raise RuntimeError("please submit a PR") from interrupt
 
     monkeypatch.setattr("torch.onnx.export", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(signalled):
         export_engine(one_layer, tmp_path / "x.goslet")
 
     def failing(*_: object, **__: object) -> None:

@@ -40,6 +40,28 @@ def test_sound_engine_passes(quant: str, backend: str, tiny_engines: dict[str, P
     assert report.to_json()["passed"] is True
 
 
+@pytest.mark.parametrize("backend", ["native", "ort"])
+@pytest.mark.parametrize("quant", ["f32", "int8"])
+def test_what_float32_explains_is_measured_where_the_limit_is_too_small(
+    quant: str, backend: str, tiny_engines: dict[str, Path], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model that amplifies: the limit is below the errors, and the roundings of a sound step explain them."""
+    monkeypatch.setattr(verify, "FLOAT_LIMIT", 2e-7)
+    report = verify_engine(tiny_engines[quant], tiny_checkpoint, backend=backend)
+    assert report.passed, report
+    assert all(check.limit < 3e-5 for check in report.checks if check.name.startswith("graph"))
+
+
+@pytest.mark.parametrize("quant", ["f16", "int8", "int4"])
+def test_weights_below_float16s_smallest_step_are_what_it_can_hold(quant: str, tmp_path: Path) -> None:
+    tensors = random_rwkv7(n_layer=2, n_embd=32, head_size=16, vocab_size=256)
+    tensors["blocks.1.ffn.value.weight"] *= 1e-6
+    save(tensors, tmp_path / "x.pth")
+    export_engine(tmp_path / "x.pth", tmp_path / "x.goslet", quant=quant)
+    report = verify_engine(tmp_path / "x.goslet", tmp_path / "x.pth")
+    assert report.passed, report
+
+
 def test_quantization_costs_what_its_bits_suggest(tiny_engines: dict[str, Path], tiny_checkpoint: Path) -> None:
     cost = {
         quant: verify_engine(tiny_engines[quant], tiny_checkpoint).divergence["kl_bits_per_token"]

@@ -48,11 +48,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
 TWO = {"rwkv7-g1-0.1b.pth": 382_000_000, "rwkv7-g1-0.4b.pth": 900_000_000, "README.md": 5}
 
 
+@pytest.mark.parametrize("before", ["", "https://hub.example/"])
+@pytest.mark.parametrize("between", ["", "blob/main/", "resolve/main/"])
 def test_one_file_of_several(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    before: str, between: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = stand_in(monkeypatch, Hub(TWO))
-    assert main(["fetch", "BlinkDL/rwkv7-g1/rwkv7-g1-0.1b.pth", "-o", str(tmp_path)]) == 0
+    model = f"{before}BlinkDL/rwkv7-g1/{between}rwkv7-g1-0.1b.pth"
+    assert main(["fetch", model, "-o", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}/rwkv7-g1-0.1b.pth\n"
     assert f"goslet export {tmp_path}/rwkv7-g1-0.1b.pth -o rwkv7-g1-0.1b.goslet" in err

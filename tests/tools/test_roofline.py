@@ -56,6 +56,8 @@ def test_the_bytes_are_those_of_the_engines_that_were_measured() -> None:
         spec = roofline.spec_of(SHAPES[shape])
         for quant in roofline.QUANTS:
             read_bytes = measured[shape]["contenders"][f"goslet {quant}"]["bytes_per_token"]
+            if quant == "f16":  # measured when the embedding's row was of 16 bits too, which is float32 now
+                read_bytes += 2 * spec.n_embd
             assert roofline.traffic(spec, quant).bytes_per_token == read_bytes + rwkv7.state_spec(spec).size_bytes
             compared += 1
     assert compared >= 6
