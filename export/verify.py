@@ -247,7 +247,7 @@ def verify_engine(
                     remedy="leave --against out, or export and verify without --norm-eps",
                 )
         differences = _differences(file, source)
-        if set(differences) - {MODEL_ID}:
+        if any(not difference.startswith(MODEL_ID) for difference in differences):
             return VerifyReport(opened.backend_name, 0, False, differences, (), {})
         version = source.version
         tokens, is_text = _tokens(opened.tokenizer, spec.vocab_size, n_tokens)
@@ -303,7 +303,7 @@ def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
         "state": source.version.state_spec(source.spec) == file.state_spec,
         "tensors": shapes
         == {name: entry.shape for name, entry in file.tensors.items() if not name.endswith(RESIDUALS)},
-        MODEL_ID: source.model_id() == file.model_id,
+        MODEL_ID + _exported_with(file): source.model_id() == file.model_id,
     }
     told = file.provenance.get("norm_eps")
     recorded, read = file.spec.to_json(), source.spec.to_json()
@@ -317,6 +317,14 @@ def _differences(file: EngineFile, source: Checkpoint) -> tuple[str, ...]:
         ),
         *(name for name, equal in same.items() if not equal),
     )
+
+
+def _exported_with(file: EngineFile) -> str:
+    """The adapter that is in the engine's model id, for somebody who forgot it."""
+    adapter, alpha = (file.provenance.get(key) for key in ("adapter", "alpha"))
+    if not isinstance(adapter, str):
+        return ""
+    return f" (exported with --adapter {adapter}{'' if alpha is None else f' --alpha {alpha}'})"
 
 
 def weight_limit(chosen: WeightFormat) -> float:

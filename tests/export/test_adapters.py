@@ -126,7 +126,9 @@ def test_an_engine_with_an_adapter_is_that_of_the_merged_model(version: str, tmp
         for name in one.tensors:
             np.testing.assert_array_equal(one.packed(name).data, other.packed(name).data, name)
     assert verify_engine(tmp_path / "a.goslet", tmp_path / "x.pth", **changed).passed
-    assert verify_engine(tmp_path / "a.goslet", tmp_path / "x.pth").differences == ("model id",)
+    assert verify_engine(tmp_path / "a.goslet", tmp_path / "x.pth").differences == (
+        f"model id (exported with --adapter adapter.pth --alpha {ALPHA})",
+    )
 
 
 def time_states() -> Tensors:
