@@ -146,10 +146,15 @@ def test_a_run_that_is_told_to_end_writes_its_state(tiny_engine: Path, tmp_path:
         [sys.executable, "-c", program, *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # `communicate` does not give what a buffer has read ahead
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores SIGHUP
     ) as process:
         assert process.stdout is not None
-        written = process.stdout.read(50)
+        written = b""
+        while len(written) < 50:
+            piece = process.stdout.read(50)
+            assert piece
+            written += piece
         process.send_signal(number)
         written += process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
