@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -488,11 +488,8 @@ _WORLD = ChatTemplate(
     sampling=FREE_TEXT,
 )
 # RWKV-LM (BlinkDL), RWKV-v7/RWKV7-G1x-templates.txt of July 2026.
-_G1 = ChatTemplate(
-    system=_WORLD.system,
-    user=_WORLD.user,
-    assistant=_WORLD.assistant,
-    end=_WORLD.end,
+_G1 = replace(
+    _WORLD,
     modes=MappingProxyType(
         {
             "plain": ChatMode(sampling=_G1_CHAT),
@@ -511,14 +508,10 @@ _G1 = ChatTemplate(
         output="Function output:\n{}",
         mode="call",
     ),
-    sampling=FREE_TEXT,
 )
 # What the model cards of 2025 give, for the G1, G1a and G1b files.
-_G1_2025 = ChatTemplate(
-    system=_WORLD.system,
-    user=_WORLD.user,
-    assistant=_WORLD.assistant,
-    end=_WORLD.end,
+_G1_2025 = replace(
+    _WORLD,
     modes=MappingProxyType(
         {
             "plain": ChatMode(sampling=_G1_CHAT),
@@ -528,7 +521,6 @@ _G1_2025 = ChatTemplate(
             "fake-think": ChatMode("", _FAKE, _G1_CHAT),
         }
     ),
-    sampling=FREE_TEXT,
 )
 BUILT_IN: Mapping[str, ChatTemplate] = MappingProxyType({"world": _WORLD, "g1": _G1, "g1-2025": _G1_2025})
 
