@@ -102,7 +102,7 @@ class OrtBackend(Backend):
         self._vocab_size = file.spec.vocab_size
         self._n_input = sum(file.spec.input_sizes)
         self._exact = exact
-        self._splits = SPLIT.encode() in bytes(file.graph_bytes)
+        self._splits = SPLIT.encode() in graph
 
     def _check_provider(self, onnxruntime: Any) -> None:
         """Raise BackendUnavailableError where this ONNX Runtime lacks the provider."""
